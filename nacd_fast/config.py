@@ -1,0 +1,210 @@
+"""Every setting of a run, once: name, default, meaning, limits. Flags and recipe files are generated from the fields.
+
+Letters in the meanings are those of the paper (arXiv 2504.09818, Algorithm 1). The defaults are the paper's where the
+paper states one; recipes/ holds whole settings.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import InputError
+
+
+def require(ok: bool, name: str, value: object, limit: str) -> None:
+    """Raise InputError "name=value, must be limit" unless ok."""
+    if not ok:
+        raise InputError(f"{name}={value!r}: must be {limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The student: a causal language model with LoRA adapters."""
+
+    path: str = "demo"
+    """Hub name or folder of the model; `demo` and `demo-sibling` are the embedded ones."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen base; the adapters are always float32."""
+    rank: int = 16
+    """LoRA rank R."""
+    lora_alpha: float = 32.0
+    """LoRA scaling numerator: the adapters' output is multiplied by lora_alpha / rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
+    """Names of the linear layers that get adapters; names that the model lacks are passed over."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:0`, ...; `auto` takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.rank <= 256, "model.rank", self.rank, "from 1 to 256")
+        require(self.lora_alpha > 0, "model.lora_alpha", self.lora_alpha, "positive")
+        require(len(self.targets) > 0, "model.targets", self.targets, "at least one layer name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The instruction set and how a conversation becomes tokens."""
+
+    train: str = "demo"
+    """Full set: a file (.jsonl, .json, .parquet), a folder of them, a hub name, or `demo`."""
+    validation: str = "demo"
+    """Split that every choice is made on (best epoch, learning rates). Form as `train`."""
+    test: str = "demo"
+    """Held-out split that scores are reported on. Form as `train`."""
+    template: Literal["plain", "chat"] = "plain"
+    """`plain` is the paper's `User: ... Assistant: ...`; `chat` is the tokenizer's own template."""
+    max_tokens: int = 1024
+    """Longer samples are cut; at least one token of the last response is always kept."""
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 8, "data.max_tokens", self.max_tokens, "at least 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which samples of the full set are kept."""
+
+    method: Literal["random", "ids"] = "random"
+    """`random`, or `ids`: the list in `ids`."""
+    fraction: float = 0.05
+    """Share of the full set that is kept, in (0, 1]."""
+    ids: str = ""
+    """File with one sample id a line (method `ids`)."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.fraction <= 1, "select.fraction", self.fraction, "in (0, 1]")
+        require((self.method == "ids") == bool(self.ids), "select.ids", self.ids, "given with method `ids` and only then")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """Training on the full set, whose weight trajectories are matched."""
+
+    count: int = 3
+    """Number of experts |{tau*}|; each has its own seed."""
+    epochs: int = 3
+    """Epochs over the full set, T."""
+    batch: int = 16
+    """Samples an optimiser step."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The experts' optimiser: `adamw` as is usual for LoRA; `sgd` is the student's own (see the README)."""
+    lr: float = 1e-4
+    """Learning rate, constant."""
+    snapshot_steps: int = 0
+    """Snapshot every so many steps beside those at every epoch's end; 0: epochs only."""
+    max_steps: int = 0
+    """Stop after so many steps; 0: all epochs."""
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, "experts.count", self.count, "at least 1")
+        require(self.epochs >= 1, "experts.epochs", self.epochs, "at least 1")
+        require(self.batch >= 1, "experts.batch", self.batch, "at least 1")
+        require(self.lr > 0, "experts.lr", self.lr, "positive")
+        require(self.snapshot_steps >= 0, "experts.snapshot_steps", self.snapshot_steps, "0 or more")
+        require(self.max_steps >= 0, "experts.max_steps", self.max_steps, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchConfig:
+    """Algorithm 1: learn the prompts by matching the experts' trajectories."""
+
+    iterations: int = 3000
+    """S, updates of the prompts."""
+    inner_steps: int = 6
+    """N, student steps unrolled in an iteration."""
+    span_steps: int = 0
+    """M, expert steps from the start to the target snapshot; 0: one epoch."""
+    max_start_epoch: int = 2
+    """T^m, starts are drawn from the snapshots before this epoch."""
+    prompt_tokens: int = 2
+    """k, pseudo tokens in front of every sample."""
+    batch: int = 8
+    """Samples a student step."""
+    prompt_init: Literal["mean", "tokens"] = "mean"
+    """Prompts start at the mean vocabulary embedding, or at random tokens' embeddings."""
+    prompt_lr: float = 0.01
+    """Adam's learning rate for the prompt embeddings."""
+    alpha: float = 0.1
+    """alpha_0, the student's learning rate at the start."""
+    alpha_lr: float = 0.01
+    """Adam's learning rate for log alpha; 0 keeps alpha fixed."""
+    alpha_max: float = 10.0
+    """Guard: alpha is held at or below this."""
+    beta: float = 100.0
+    """Weight of L_reg, the mean distance of the prompts to their nearest tokens (equation 3)."""
+    update: Literal["sgd", "momentum", "adamw"] = "sgd"
+    """The student's optimiser; the paper's is plain SGD (equation 1)."""
+    checkpointing: bool = False
+    """Recompute activations layer by layer: less memory, one more forward pass."""
+    save_every: int = 50
+    """Iterations between resumable states on disk."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "inner_steps", "max_start_epoch", "prompt_tokens", "batch", "save_every"):
+            require(getattr(self, name) >= 1, f"match.{name}", getattr(self, name), "at least 1")
+        require(self.span_steps >= 0, "match.span_steps", self.span_steps, "0 or more")
+        require(self.prompt_lr > 0, "match.prompt_lr", self.prompt_lr, "positive")
+        require(0 < self.alpha <= self.alpha_max, "match.alpha", self.alpha, f"in (0, alpha_max={self.alpha_max}]")
+        require(self.alpha_lr >= 0, "match.alpha_lr", self.alpha_lr, "0 or more")
+        require(self.beta >= 0, "match.beta", self.beta, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Instruction tuning, the same for every row of the comparison."""
+
+    epochs: int = 3
+    """Epochs over the 5 %; the best one on the validation split is kept."""
+    full_epochs: int = 3
+    """Epochs of the FULL row."""
+    batch: int = 8
+    """Samples an optimiser step."""
+    lr: float = 1e-4
+    """AdamW's learning rate, constant."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "full_epochs", "batch"):
+            require(getattr(self, name) >= 1, f"tune.{name}", getattr(self, name), "at least 1")
+        require(self.lr > 0, "tune.lr", self.lr, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Scores on the test split."""
+
+    batch: int = 32
+    """Sequences a forward pass."""
+    bootstrap: int = 2000
+    """Resamples for the 95 % intervals."""
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "evaluate.batch", self.batch, "at least 1")
+        require(self.bootstrap >= 100, "evaluate.bootstrap", self.bootstrap, "at least 100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The whole job."""
+
+    out: str = "runs/nacd"
+    """Folder of the run; finished stages in it are reused, unfinished ones resume."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One subset, distillation and tuning of every row for each seed; the experts are shared."""
+    transfer: str = "demo-sibling"
+    """Model with another tokenizer that is tuned on the decoded prompts; empty: none."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model that is distilled on."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The instruction set."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """The kept samples."""
+    experts: ExpertConfig = field(default_factory=ExpertConfig)
+    """The trajectories to match."""
+    match: MatchConfig = field(default_factory=MatchConfig)
+    """The distillation."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """The training on the result."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """The scores."""
+
+    def __post_init__(self) -> None:
+        require(len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "without repetition")
