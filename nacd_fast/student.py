@@ -1,0 +1,132 @@
+"""The student: a Hugging Face causal LM with LoRA adapters (peft), as a function that can be differentiated twice.
+
+`load_model`, `add_lora` and `adapter_state` serve every stage. `Student` is for the matching: its `loss` is a pure
+function of the adapters and the prompts, on the ops of nacd_kernels, whose second derivatives are right where those of
+fused attention, SiLU and the norms are missing or wrong (DESIGN: one op is four functions).
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from nacd_kernels import flash_attention, layer_norm, linear_cross_entropy, lora_linear, rms_norm, silu_mul
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.opt.modeling_opt import OPTForCausalLM
+
+from .config import ModelConfig
+from .errors import InputError
+
+DEMO = {"demo": "model", "demo-sibling": "sibling"}
+FAMILIES = ("llama", "opt")
+ADAPTER = "default"
+
+
+def resolve_model(path: str) -> str:
+    """Folder of an embedded model by its name; any other path as it is."""
+    return str(Path(__file__).parent / "demo" / DEMO[path]) if path in DEMO else path
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises InputError if there is none."""
+    where = resolve_model(path)
+    if Path(where).is_dir() and not any((Path(where) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        raise InputError(f"{where}: no tokenizer in this model folder (tokenizer.json, tokenizer.model or vocab.json)")
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: its tokenizer does not load ({first_line(error)})") from None
+
+
+def load_model(path: str, dtype: str = "float32", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM, frozen and without dropout, and its tokenizer.
+
+    path: hub name, folder, `demo` or `demo-sibling`. Raises InputError if either is missing or does not load.
+    """
+    where = resolve_model(path)
+    tokenizer = load_tokenizer(path)
+    if Path(where).is_dir() and not (Path(where) / "config.json").exists():
+        raise InputError(f"{where}: no config.json in this model folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: the model does not load ({first_line(error)})") from None
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {model.get_input_embeddings().num_embeddings}")
+    disable_dropout(model)
+    return model.requires_grad_(False).to(resolve_device(device)), tokenizer
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Every dropout probability to 0, in modules and where a forward reads it from an attribute or the config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+                if isinstance(getattr(holder, name, None), float):
+                    setattr(holder, name, 0.0)
+
+
+def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> PeftModel:
+    """LoRA adapters on the linear layers named in config.targets: float32, B = 0, A Kaiming-uniform drawn from `seed`."""
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = sorted(names & set(config.targets))
+    if not targets:
+        raise InputError(f"model.targets={list(config.targets)}: {config.path} has none of these linear layers, only {sorted(names)}")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=targets, lora_dropout=0.0,
+                          bias="none", task_type="CAUSAL_LM")
+        device = model.device
+        peft_model = get_peft_model(model.to("cpu"), lora, adapter_name=ADAPTER).to(device)
+    for parameter in adapter_parameters(peft_model).values():
+        parameter.data = parameter.data.float()
+    return peft_model
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The LoRA factors by their full names, sorted."""
+    return {name: p for name, p in sorted(model.named_parameters()) if ".lora_A." in name or ".lora_B." in name}
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """A detached float32 copy of the LoRA factors on the CPU, by name, sorted."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in adapter_parameters(model).items()}
+
+
+def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` (as from adapter_state) into the model. Raises InputError if names or shapes differ."""
+    parameters = adapter_parameters(model)
+    check_same_adapters({name: p.shape for name, p in parameters.items()}, {name: t.shape for name, t in state.items()})
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(state[name])
+
+
+def check_same_adapters(mine: Mapping[str, torch.Size], other: Mapping[str, torch.Size]) -> None:
+    for name in sorted(mine.keys() | other.keys()):
+        if mine.get(name) != other.get(name):
+            raise InputError(f"adapter {name}: shape {other.get(name)} does not fit the model's {mine.get(name)} (another rank, target list or model)")
+
+
+def max_positions(model: PreTrainedModel | PeftModel) -> int:
+    """Longest sequence the model takes."""
+    return int(getattr(model.config, "max_position_embeddings", 2**31 - 1))
