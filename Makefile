@@ -1,0 +1,72 @@
+# On a fresh machine two commands do all the set-up: `make demo` and `make test`.
+# Needs python3 (3.10 or later, with venv); a C++20 compiler for the native module, which is left out without one.
+
+PYTHON ?= python3
+# Exact: a range takes the newest build, with gigabytes of CUDA packages.
+TORCH ?= torch==2.13.0
+# Processes that run the tests.
+JOBS ?= 2
+
+PY := .venv/bin/python
+ENV := .venv/.environment-stamp
+NATIVE := build/.native-stamp
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help env build demo test lint bench gpu-check clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(ENV)  ## the environment .venv, with this project editable in it
+
+$(ENV): pyproject.toml setup.py
+	@echo "== environment: .venv, $(TORCH), then this project (editable) with [dev]"
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip show -q torch 2>/dev/null || $(PY) -m pip install -q $(TORCH)
+	NACD_NATIVE=0 $(PY) -m pip install -q -e '.[dev]'
+	@touch $@
+
+build: $(NATIVE)  ## the native module nacd_fast/_codec, in place
+
+$(NATIVE): $(ENV) CMakeLists.txt nacd_fast/__init__.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+	@echo "== native module"
+	$(PY) setup.py -q build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+
+demo: export OMP_NUM_THREADS ?= 2
+demo: build  ## the whole job on the embedded model and data: runs/demo/report.html
+	@echo "== demo: runs/demo"
+	HF_HUB_OFFLINE=1 $(PY) -m nacd_fast.distill --config nacd_fast/recipes/demo.yaml
+
+lint: build  ## ruff and mypy over the whole tree
+	@echo "== lint: ruff, mypy"
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: export OMP_NUM_THREADS ?= 1
+test: lint  ## ruff, mypy, then the tests with coverage, on JOBS=2 processes
+	@echo "== tests"
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) --benchmark-disable --durations=10 --cov --cov-report=term-missing:skip-covered
+
+bench: export OMP_NUM_THREADS ?= 1
+bench: build  ## every bench/bench_*.py: JSON rows in runs/bench/
+	@mkdir -p runs/bench
+	@set -e; for file in bench/bench_*.py; do name=$$(basename $$file .py); echo "== $$name"; \
+	    $(PY) $$file --json runs/bench/$$name.json; done
+
+# For a machine that has torch, a GPU and no package registry: the system's python3, no installs.
+gpu-check: export PYTHONPATH := .:kernels
+gpu-check:  ## on a GPU machine as it is: native build, tests marked gpu, quick benches; rows in runs/gpu/
+	@mkdir -p runs/gpu
+	NACD_NATIVE=1 $(PYTHON) setup.py -q build_ext --inplace
+	@files=$$(grep -rl --include='test_*.py' 'mark\.gpu' tests); [ -n "$$files" ] || { echo "no test is marked gpu"; exit 0; }; \
+	    set -x; $(PYTHON) -m pytest -q -m gpu $$files
+	@set -e; for file in $$(grep -l -- --device bench/bench_*.py); do name=$$(basename $$file .py); echo "== $$name"; \
+	    $(PYTHON) $$file --quick --device cuda --json runs/gpu/$$name.json; done
+
+clean:  ## remove the environment and everything built; runs/ stays
+	rm -rf .venv build dist *.egg-info nacd_fast/_codec*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage*
+	find nacd_fast kernels bench tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

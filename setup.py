@@ -1,0 +1,68 @@
+"""What is installed, and the native module.
+
+Packages are named one by one: only nacd_fast and nacd_kernels are installed, never `kernels`, `tests` or `bench`.
+CMake builds nacd_fast/_codec; where that fails, the build says so and goes on without it. NACD_NATIVE=0 leaves it out.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ["nacd_fast", "nacd_fast.selection", "nacd_kernels"]
+PACKAGE_DIR = {"nacd_kernels": "kernels/nacd_kernels"}
+PACKAGE_DATA = {"nacd_fast": ["py.typed", "*.pyi", "demo/**/*", "recipes/*.yaml", "templates/*"]}
+
+
+class CMakeExtension(Extension):
+    """Built by CMakeLists.txt; `optional` makes build_ext warn and go on where the build fails."""
+
+    def __init__(self, name: str):
+        super().__init__(name, sources=[], optional=True)
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds into the folder where setuptools expects the module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        try:
+            build_native(Path(self.build_temp).resolve(), target)
+        except (OSError, ImportError, subprocess.CalledProcessError) as error:
+            print(f"WARNING: {ext.name} is not built ({error}); nacd_fast works without it, on its Python reference",
+                  file=sys.stderr, flush=True)
+
+
+def build_native(build: Path, target: Path) -> None:
+    """Run CMake in `build`; the module lands in `target`. Raises where a tool is missing or fails."""
+    import nanobind
+
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None:
+        raise FileNotFoundError("cmake: command not found")
+    ninja = shutil.which("ninja", path=path)
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    build.mkdir(parents=True, exist_ok=True)
+    subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, "-DCMAKE_BUILD_TYPE=Release",
+                    f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_ROOT={nanobind.cmake_dir()}",
+                    f"-DNACD_MODULE_DIR={target}"], check=True)
+    subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+
+
+if __name__ == "__main__":
+    native = os.environ.get("NACD_NATIVE", "1") != "0"
+    setup(
+        packages=PACKAGES,
+        package_dir=PACKAGE_DIR,
+        package_data=PACKAGE_DATA,
+        include_package_data=False,
+        ext_modules=[CMakeExtension("nacd_fast._codec")] if native else [],
+        cmdclass={"build_ext": CMakeBuild},
+    )

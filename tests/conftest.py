@@ -1,0 +1,20 @@
+"""What every test runs under: no hub, one thread unless told otherwise, and `gpu` tests only where there is a GPU."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # before torch is loaded
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
