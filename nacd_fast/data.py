@@ -1,0 +1,321 @@
+"""Instruction sets: rows -> examples -> supervised tokens -> batches.
+
+A row is one of
+    {"messages": [{"role": "user" | "assistant" | "system", "content": text}, ...]}
+    {"instruction", "input"?, "output"} (Alpaca), {"instruction", "context"?, "response"} (Dolly), {"prompt", "completion"}
+each with, at will, `id`, `source` (or `dataset`, `template`, `category`), and `choices` with `answer`, the index of
+the right one. Flat forms are stripped of outer white space, since the template puts its own; messages stay as they are.
+
+Sizes: B batch, T tokens. Labels are as in Hugging Face models: aligned with the tokens, IGNORE where there is no loss.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from .config import DataConfig
+from .errors import InputError
+from .rows import SPLITS, Row, first_line, read_rows
+
+IGNORE = -100
+ROLES = ("user", "assistant", "system")
+FORMS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "completion"))
+SOURCE_KEYS = ("source", "dataset", "template", "category")
+END_OF_TEXT = "<|endoftext|>"   # GPT-2's end, spelled out at the end of older prompt/completion files
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation; `choices` are candidates for its last response, `answer` the index of the right one."""
+
+    id: str
+    source: str
+    messages: tuple[dict[str, str], ...]
+    choices: tuple[str, ...] = ()
+    answer: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as tokens, at most max_tokens of them; the last one is supervised."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+# Reading
+
+
+def read_set(source: str, split: str) -> list[Example]:
+    """Every example of a set, in its order, with unique ids; missing ids are made: <file stem>-<line number>.
+
+    source: `demo`, a file, a folder, or a hub name `org/name` or `org/name:config`; split: one of SPLITS. In a folder
+    the files whose names begin with the split's are read; all of them, where none is named after any split.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
+    examples: list[Example] = []
+    places: dict[str, str] = {}
+    for row in read_rows(source, split):
+        example = parse_row(row)
+        first = places.setdefault(example.id, row.place)
+        if first != row.place:
+            raise InputError(f"{row.place}: id {example.id!r} is also that of {first}; ids must be unique")
+        examples.append(example)
+    if not examples:
+        raise InputError(f"{source}: the set is empty")
+    return examples
+
+
+# Rows -> examples
+
+
+def parse_row(row: Row) -> Example:
+    value = row.value
+    if not isinstance(value, dict):
+        raise InputError(f"{row.place}: must be an object, not {type(value).__name__}")
+    given = value.get("id")
+    name = f"{row.stem}-{row.number}" if given is None else str(given)
+    place = row.place if given is None else f"{row.place} (id {name!r})"
+    if not name.strip() or name != name.strip() or len(name.splitlines()) > 1 or name.startswith("#"):
+        raise InputError(f"{row.place}: id={name!r}: must be one line of text without outer blanks or a leading #")
+    messages = parse_messages(value["messages"], place) if "messages" in value else flat_messages(value, place)
+    responses = [m["content"] for m in messages if m["role"] == "assistant"]
+    if not responses:
+        raise InputError(f"{place}: the conversation has no assistant turn")
+    if not responses[-1].strip():
+        raise InputError(f"{place}: the response is empty")
+    choices, answer = parse_choices(value, place)
+    source = next((str(value[key]) for key in SOURCE_KEYS if value.get(key)), row.stem)
+    return Example(name, source, messages, choices, answer)
+
+
+def parse_messages(turns: Any, place: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise InputError(f"{place}: messages must be a list of objects with role and content")
+    for turn in turns:
+        if turn.get("role") not in ROLES:
+            raise InputError(f"{place}: role={turn.get('role')!r}: must be one of {', '.join(ROLES)}")
+    return tuple({"role": turn["role"], "content": text(turn.get("content"), "content", place)} for turn in turns)
+
+
+def flat_messages(value: dict[str, Any], place: str) -> tuple[dict[str, str], ...]:
+    """Question and response of one of FORMS; the question's context goes under it."""
+    for question, context, response in FORMS:
+        if question in value and response in value:
+            parts = [text(value.get(key), key, place).strip() for key in (question, context)]
+            reply = text(value[response], response, place).strip().removesuffix(END_OF_TEXT).strip()
+            return {"role": "user", "content": "\n".join(filter(None, parts))}, {"role": "assistant", "content": reply}
+    raise InputError(f"{place}: unknown form with the keys {', '.join(map(str, value)) or '(none)'}; known are "
+                     "messages, instruction + output, instruction + response, prompt + completion")
+
+
+def text(value: Any, name: str, place: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{place}: {name} must be text, not {type(value).__name__}")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{place}: {name} holds half a surrogate pair, which is no character") from None
+    return value or ""
+
+
+def parse_choices(value: dict[str, Any], place: str) -> tuple[tuple[str, ...], int | None]:
+    choices, answer = value.get("choices"), value.get("answer")
+    if not choices:
+        return (), None   # without choices `answer` is some other column
+    if not isinstance(choices, list) or not all(text(c, "choice", place).strip() for c in choices):
+        raise InputError(f"{place}: choices must be a list of texts, none of them empty")
+    if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
+        raise InputError(f"{place}: answer={answer!r}: must be the index of one of the {len(choices)} choices, from 0")
+    return tuple(choices), answer
+
+
+# Examples
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """SHA-256 over every field of every example, in order."""
+    total = hashlib.sha256()
+    for e in examples:
+        total.update(json.dumps([e.id, e.source, e.messages, e.choices, e.answer], sort_keys=True).encode() + b"\n")
+    return total.hexdigest()
+
+
+def count_sources(examples: Iterable[Example]) -> dict[str, int]:
+    """Samples by source, the largest first, then by name."""
+    counts = Counter(e.source for e in examples)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def choice_examples(example: Example) -> list[Example]:
+    """One example a choice, its text in place of the last response; ids <id>#<index>."""
+    last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
+    head, tail = example.messages[:last], example.messages[last + 1:]
+    return [replace(example, id=f"{example.id}#{n}", choices=(), answer=None,
+                    messages=(*head, {"role": "assistant", "content": choice}, *tail))
+            for n, choice in enumerate(example.choices)]
+
+
+# Examples -> tokens
+
+Pieces = list[tuple[str, bool]]   # (text, supervised), alternating
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encoded:
+    """`encode_set` of one example."""
+    return encode_set([example], tokenizer, config)[0]
+
+
+def encode_set(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[Encoded]:
+    """Tokens and labels of every example; only assistant text and the end behind it are supervised.
+
+    Template `plain`: bos, then "{content}\\n" of a system turn, "User: {content}\\n", "Assistant:" + " {content}" +
+    eos, with "\\n" before a turn that follows an assistant's; bos and eos where the tokenizer has them. What stands in
+    a conversation is text: a "</s>" in it does not become the special token. Template `chat`: the tokenizer's own.
+    Supervised are its {% generation %} blocks if it has them, else what it puts behind each generation prompt.
+
+    Everything behind the last response is dropped; longer samples are cut to max_tokens as `cut` says.
+    """
+    if config.template == "chat":
+        check_chat_template(tokenizer)
+        if GENERATION.search(tokenizer.get_chat_template()) and tokenizer.is_fast:
+            rows = [generation_row(e, tokenizer) for e in examples]
+        else:
+            rows = piece_rows([chat_pieces(e, tokenizer) for e in examples], tokenizer, literal=False)
+    else:
+        rows = piece_rows([plain_pieces(e) for e in examples], tokenizer, literal=True)
+    return [cut(e.id, ids, mask, tokenizer.bos_token_id, config.max_tokens) for e, (ids, mask) in zip(examples, rows)]
+
+
+def turns(example: Example) -> list[dict[str, str]]:
+    """The messages up to the last response: nothing behind it is supervised."""
+    last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
+    return list(example.messages[:last + 1])
+
+
+def plain_pieces(example: Example) -> Pieces:
+    """Each piece is tokenised by itself, so that no token crosses a border."""
+    pieces: Pieces = []
+    context = ""
+    for message in turns(example):
+        if message["role"] == "assistant":
+            pieces += [(f"{context}Assistant:", False), (f" {message['content']}", True)]
+            context = "\n"
+        else:
+            context += f"{'User: ' if message['role'] == 'user' else ''}{message['content']}\n"
+    return pieces
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise InputError("data.template='chat': the model's tokenizer has no chat template; take 'plain'")
+
+
+def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    """As `plain_pieces`: a response is what the template renders with it, less what it renders to ask for it."""
+    pieces: Pieces = []
+    done, messages = "", turns(example)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = render(example.id, tokenizer, messages[:i], add_generation_prompt=True)
+            after = render(example.id, tokenizer, messages[:i + 1])
+            if not before.startswith(done) or not after.startswith(before):
+                raise InputError(f"{example.id}: the chat template rewrites earlier text when turn {i + 1} is added, so "
+                                 "the response cannot be told from the prompt; take data.template='plain'")
+            pieces += [(before[len(done):], False), (after[len(before):], True)]
+            done = after
+    return pieces
+
+
+def generation_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    out = render(example.id, tokenizer, turns(example), tokenize=True, return_dict=True,
+                 return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False})
+    return out["input_ids"], [bool(m) for m in out["assistant_masks"]]
+
+
+def render(name: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> Any:
+    from jinja2 import TemplateError  # what a template's own refusals are, e.g. of a system turn
+
+    try:
+        return tokenizer.apply_chat_template(messages, **{"tokenize": False, **how})
+    except (TemplateError, ValueError) as error:
+        raise InputError(f"{name}: the chat template refuses the conversation ({first_line(error)})") from None
+
+
+def piece_rows(samples: list[Pieces], tokenizer: PreTrainedTokenizerBase,
+               literal: bool) -> list[tuple[list[int], list[bool]]]:
+    """(ids, supervised) of every sample. literal: content holds no special tokens; put bos in front and eos behind."""
+    encoded = iter(piece_ids(samples, tokenizer, literal))
+    bos, eos = ([x] if literal and x is not None else [] for x in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    rows = []
+    for pieces in samples:
+        ids, mask = [*bos], [False] * len(bos)
+        for _, supervised in pieces:
+            new = next(encoded) + (eos if supervised else [])
+            ids += new
+            mask += [supervised] * len(new)
+        rows.append((ids, mask))
+    return rows
+
+
+def piece_ids(samples: list[Pieces], tokenizer: PreTrainedTokenizerBase, literal: bool) -> list[list[int]]:
+    """Token ids of every piece, flat.
+
+    A SentencePiece tokenizer puts a blank (U+2581) in front of whatever it is given. That is right for the first piece
+    of a sample; in the others it is taken away again, unless it has grown into a longer token.
+    """
+    how = dict(add_special_tokens=False, split_special_tokens=literal, verbose=False)
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, **how)["input_ids"] if texts else []
+
+    blank = tokenizer.convert_tokens_to_ids("\u2581")
+    bare, spaced = ids(["a", " a"])
+    adds_blank = "".join(tokenizer.convert_ids_to_tokens(bare)).startswith("\u2581")
+    cut_space = adds_blank and bare != spaced   # it adds one even in front of a blank
+    texts = [(text, n > 0) for pieces in samples for n, (text, _) in enumerate(pieces)]
+    out = ids([text.removeprefix(" ") if cut_space and inner else text for text, inner in texts])
+    return [row[1:] if adds_blank and inner and text[:1] != " " and row[:1] == [blank] else row
+            for row, (text, inner) in zip(out, texts)]
+
+
+def cut(name: str, ids: list[int], mask: list[bool], bos: int | None, limit: int) -> Encoded:
+    """Drop what stands behind the last supervised token, then all but `limit` tokens.
+
+    The last response gives way last: bos stays, the context in front of the response loses its oldest tokens, down to
+    half of the room behind bos; then the response loses its tail. So at least one token of it is left (limit >= 8).
+    """
+    if not any(mask):
+        raise InputError(f"{name}: the tokenizer leaves no token of the response")
+    end = len(mask) - mask[::-1].index(True)
+    start = end - (mask[:end][::-1].index(False) if False in mask[:end] else end)   # of the last response
+    head = int(start > 0 and ids[0] == bos)
+    room = limit - head
+    context = min(start - head, max(room - (end - start), room // 2))
+    kept = [*range(head), *range(start - context, min(end, start + room - context))]
+    return Encoded([ids[i] for i in kept], [ids[i] if mask[i] else IGNORE for i in kept])
+
+
+# Tokens -> batches
+
+
+def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """input_ids and labels, both [B, T] int64, padded on the right with pad_id and IGNORE.
+
+    No attention mask: with the padding on the right a causal model never looks at it.
+    """
+    ids, labels = ([torch.tensor(values) for values in column] for column in
+                   ([row.input_ids for row in rows], [row.labels for row in rows]))
+    return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE)}

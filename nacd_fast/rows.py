@@ -1,0 +1,128 @@
+"""Raw rows of a set: .jsonl, .jsonl.gz, .json (a list, or one row a line) and .parquet files, folders, hub sets.
+
+UTF-8 with or without a BOM, lines that end in LF or CRLF; blank lines are passed over.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from .artifacts import NOT_RESULTS
+from .errors import InputError
+
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".parquet")
+NOT_DATA = {"config.json", *NOT_RESULTS}   # a stage's own files, in a folder that is read as a set
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
+DEMO = Path(__file__).parent / "demo" / "data"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A raw row: where it stands, for messages and made ids."""
+
+    stem: str
+    number: int
+    place: str
+    value: Any
+
+
+def read_rows(source: str, split: str) -> Iterator[Row]:
+    """The rows of `data.read_set`'s sources."""
+    path = DEMO / f"{split}.jsonl" if source == "demo" else Path(source).expanduser()
+    if path.is_dir():
+        return chain.from_iterable(map(file_rows, folder_files(path, split)))
+    if path.is_file():
+        return file_rows(path)
+    if HUB_NAME.fullmatch(source) and not source.endswith(SUFFIXES):
+        return hub_rows(source, split)
+    raise InputError(f"{source}: no such file or folder")
+
+
+def folder_files(folder: Path, split: str) -> list[Path]:
+    files = sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and p.name not in NOT_DATA)
+    if not files:
+        raise InputError(f"{folder}: holds no {', '.join(SUFFIXES)} file")
+    named = {name: [p for p in files if p.name.startswith(name)] for name in SPLITS}
+    if any(named.values()) and not named[split]:   # the other splits' files must not leak into this one
+        raise InputError(f"{folder}: holds no file whose name begins with {split!r}, but has those of other splits")
+    return named[split] or files
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
+    if suffix is None:
+        raise InputError(f"{path}: must end in {', '.join(SUFFIXES)}")
+    stem = path.name.removesuffix(suffix)
+    if suffix == ".parquet":
+        values, unit = parquet_values(path), "row"
+    else:
+        data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+        is_list = suffix == ".json" and data.lstrip()[:1] == b"["
+        values, unit = (list_values(path, data), "row") if is_list else (line_values(path, data), "line")
+    for number, value in values:
+        yield Row(stem, number, f"{path}, {unit} {number}", value)
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+            return f.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_json(data: bytes, path: Path, line: int) -> Any:
+    """The value in `data`, which begins at `line` of the file."""
+    try:
+        return json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise InputError(f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise InputError(f"{path}, line {line}: malformed JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:   # a number of thousands of digits; nesting
+        raise InputError(f"{path}, line {line}: malformed JSON ({error})") from None
+
+
+def list_values(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
+    return enumerate(parse_json(data, path, 1), 1)
+
+
+def line_values(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield number, parse_json(line, path, number)
+
+
+def parquet_values(path: Path) -> Iterator[tuple[int, Any]]:
+    from pyarrow import ArrowException, parquet  # slow to import, and needed only from here
+
+    try:
+        return enumerate(parquet.read_table(path).to_pylist(), 1)
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a Parquet file ({first_line(error)})") from None
+
+
+def hub_rows(source: str, split: str) -> Iterator[Row]:
+    import datasets  # slow to import, and needed only from here
+
+    name, _, config = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split)
+    except (OSError, ValueError) as error:   # no such set, configuration or split; no network
+        raise InputError(f"{source}: no such file or folder, and its split {split!r} cannot be loaded from the hub "
+                         f"({first_line(error)})") from None
+    for number, value in enumerate(rows, 1):
+        yield Row(name.split("/")[1], number, f"{source} ({split}), row {number}", value)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
