@@ -122,7 +122,7 @@ def test_without_native_module_it_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 def test_native_module_of_another_version_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "find_spec", lambda name: object())
     monkeypatch.setattr(native, "import_module", lambda name: SimpleNamespace(version=lambda: "0.0.1"))
-    with pytest.raises(ImportError, match=f"version 0.0.1, must be {re.escape(nacd_fast.__version__)}; run `make build`"):
+    with pytest.raises(ImportError, match=r"version 0\.0\.1, must be .*; run `make build`"):
         native.load()
 
 
