@@ -12,14 +12,14 @@ from types import MethodType
 from typing import Any
 
 import torch
-from nacd_kernels import flash_attention, layer_norm, linear_cross_entropy, lora_linear, rms_norm, silu_mul
+from nacd_kernels import flash_attention, frozen_linear, layer_norm, linear_cross_entropy, lora_linear, relu, rms_norm, silu_mul
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.models.opt.modeling_opt import OPTForCausalLM
 
 from .config import ModelConfig
 from .errors import InputError
@@ -130,3 +130,129 @@ def check_same_adapters(mine: Mapping[str, torch.Size], other: Mapping[str, torc
 def max_positions(model: PreTrainedModel | PeftModel) -> int:
     """Longest sequence the model takes."""
     return int(getattr(model.config, "max_position_embeddings", 2**31 - 1))
+
+
+# --- the student as a pure function ---------------------------------------------------------------------------------
+
+
+class Student:
+    """The loss of a batch as a function of the adapters and the prompts, twice differentiable in both.
+
+    Takes the PEFT model over: its modules' forwards now run on the ops of nacd_kernels.
+    """
+
+    def __init__(self, model: PeftModel, *, checkpointing: bool = False):
+        base = model.get_base_model()
+        if base.config.model_type not in FAMILIES:
+            raise InputError(f"model type {base.config.model_type!r}: matching knows {', '.join(FAMILIES)}")
+        self.model, self.base = model, base
+        self.backbone: nn.Module = base.get_decoder()
+        self.shapes = {name: p.shape for name, p in adapter_parameters(model).items()}
+        self.lora_layers = {name: module for name, module in model.named_modules() if isinstance(module, PeftLoraLinear)}
+        use_twice_differentiable_ops(base)
+        if checkpointing:
+            for layer in self.backbone.layers:
+                layer.forward = MethodType(_checkpointed_forward, layer)
+        base.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def embedding(self) -> Tensor:
+        """The vocabulary embedding table [V, D]."""
+        return self.base.get_input_embeddings().weight.detach()
+
+    def flatten(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Adapters by name -> one float32 vector theta [P] on the student's device."""
+        check_same_adapters(self.shapes, {name: t.shape for name, t in state.items()})
+        return torch.cat([state[name].reshape(-1) for name in self.shapes]).to(self.device, torch.float32)
+
+    def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
+        """theta [P] -> adapters by name, as views."""
+        pieces = theta.split([shape.numel() for shape in self.shapes.values()])
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+
+    def loss(self, adapters: Mapping[str, Tensor], prompts: Tensor | None, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy over the supervised tokens of the batch.
+
+        adapters: by the names of `shapes`; prompts [B, k, D] stand in front of the embedded sample, or None; input_ids,
+        labels [B, T], right-padded, labels -100 where unsupervised (padding needs no mask: attention is causal).
+        """
+        x = torch.nn.functional.embedding(input_ids, self.embedding)
+        if prompts is not None:
+            x = torch.cat([prompts.to(x.dtype), x], 1)
+            labels = torch.nn.functional.pad(labels, (prompts.shape[1], 0), value=-100)
+        for name, layer in self.lora_layers.items():
+            layer.factors = adapters[f"{name}.lora_A.{ADAPTER}.weight"], adapters[f"{name}.lora_B.{ADAPTER}.weight"]
+        hidden = self.backbone(inputs_embeds=x, use_cache=False).last_hidden_state
+        vocabulary = self.base.get_output_embeddings().weight.detach()
+        return linear_cross_entropy(hidden[:, :-1].reshape(-1, hidden.shape[-1]), vocabulary, labels[:, 1:].reshape(-1))
+
+
+def use_twice_differentiable_ops(model: PreTrainedModel) -> None:
+    """Swap the ops in, module by module; everything else in these families is differentiable twice as it is."""
+    for name, module in model.named_modules():
+        if isinstance(module, PeftLoraLinear):
+            module.forward = MethodType(_lora_forward, module)  # type: ignore[method-assign]
+        elif type(module) is nn.Linear and ".lora_" not in name:
+            module.forward = MethodType(_linear_forward, module)  # type: ignore[method-assign]
+        elif isinstance(module, nn.ReLU):
+            module.forward = MethodType(_relu_forward, module)  # type: ignore[method-assign]
+        elif isinstance(module, LlamaRMSNorm):
+            module.forward = MethodType(_rms_norm_forward, module)  # type: ignore[method-assign]
+        elif isinstance(module, nn.LayerNorm):
+            module.forward = MethodType(_layer_norm_forward, module)  # type: ignore[method-assign]
+        elif isinstance(module, LlamaMLP):
+            if module.config.hidden_act not in ("silu", "swish"):
+                raise InputError(f"{name}: hidden_act={module.config.hidden_act!r}: the gated MLP has a second derivative for silu only")
+            module.forward = MethodType(_gated_mlp_forward, module)  # type: ignore[method-assign]
+    model.set_attn_implementation(ATTENTION)
+
+
+def _lora_forward(layer: Any, x: Tensor) -> Tensor:
+    return lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, *layer.factors, layer.scaling[ADAPTER])
+
+
+def _checkpointed_forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A decoder layer that is recomputed in the backward pass with the factors it had in the forward pass."""
+    factors = [(module, module.factors) for module in layer.modules() if isinstance(module, PeftLoraLinear)]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for module, value in factors:
+            module.factors = value
+        return type(layer).forward(layer, *args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _linear_forward(linear: Any, x: Tensor) -> Tensor:
+    return frozen_linear(x, linear.weight, linear.bias)
+
+
+def _relu_forward(module: Any, x: Tensor) -> Tensor:
+    return relu(x)
+
+
+def _rms_norm_forward(norm: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _layer_norm_forward(norm: Any, x: Tensor) -> Tensor:
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def _gated_mlp_forward(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(silu_mul(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+ATTENTION = "nacd_causal"  # transformers takes a name with "flash" for one of its own
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any) -> tuple[Tensor, None]:
+    """transformers' attention interface; [B, H, T, d] in, [B, T, H, d] out."""
+    return flash_attention(query, key, value, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attention)  # registers no mask function: transformers then makes no mask

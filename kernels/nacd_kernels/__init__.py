@@ -3,11 +3,15 @@
 Needs torch only. `kernels/README.md` says what each op computes and how to copy this folder into another project.
 """
 
-from .activations import silu_mul
+from .activations import relu, silu_mul
 from .flash_attention import flash_attention
+from .frozen_linear import frozen_linear
 from .linear_cross_entropy import linear_cross_entropy
 from .lora_linear import lora_linear
 from .norms import layer_norm, rms_norm
 from .twice import twice_differentiable
 
-__all__ = ["flash_attention", "layer_norm", "linear_cross_entropy", "lora_linear", "rms_norm", "silu_mul", "twice_differentiable"]
+__all__ = [
+    "flash_attention", "frozen_linear", "layer_norm", "linear_cross_entropy", "lora_linear", "relu", "rms_norm", "silu_mul",
+    "twice_differentiable",
+]

@@ -1,4 +1,4 @@
-"""Elementwise activations, twice differentiable: silu_mul (the gated MLP of Llama), gelu, relu.
+"""Elementwise activations, twice differentiable: silu_mul (the gated MLP of Llama) and relu.
 
 silu_mul: Shazeer (arXiv 2002.05202), SwiGLU without the projections. With s = sigmoid(g):
 
@@ -6,8 +6,8 @@ silu_mul: Shazeer (arXiv 2002.05202), SwiGLU without the projections. With s = s
     y = f u        dg = dy u f1              du = dy f
     dg' = dy' u f1 + dy (u' f1 + u f2 g')    du' = dy' f + dy f1 g'
 
-PyTorch's own silu has no forward-mode formula for its backward, so a Llama fails there without this op.
-For gelu and relu PyTorch's formulas are complete; they are here under one name and kept as they are.
+PyTorch's own silu has no forward-mode formula for its backward, so a Llama fails there without this op. relu's second
+derivative is 0: y' = [x > 0] x', dx = [x > 0] dy, dx' = [x > 0] dy' (and 0 at x = 0, as in PyTorch).
 """
 
 import torch
@@ -65,3 +65,21 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     check(gate.shape == up.shape, f"gate is {tuple(gate.shape)}, up {tuple(up.shape)}: must be one shape")
     check_like("up", up, "gate", gate)
     return _silu_mul(gate, up)
+
+
+def _relu_backward(inputs: tuple, stats: Tensors, dy: Tensor, needs: tuple[bool, ...]) -> Tensors:
+    return (torch.where(inputs[0] > 0, dy, 0),)
+
+
+_relu = twice_differentiable(
+    forward=lambda x: (torch.relu(x), ()),
+    backward=_relu_backward,
+    jvp=lambda inputs, stats, tangents: (None if tangents[0] is None else torch.where(inputs[0] > 0, tangents[0], 0), ()),
+    backward_jvp=lambda inputs, stats, tangents, stats_t, dy, dy_t, needs: (None,) if dy_t is None else _relu_backward(inputs, stats, dy_t, needs),
+    differentiable=1,
+)
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0), twice differentiable. x [...]; the result is alike."""
+    return _relu(x)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nacd_kernels import flash_attention, layer_norm, linear_cross_entropy, lora_linear, rms_norm, silu_mul
+from nacd_kernels import flash_attention, frozen_linear, layer_norm, linear_cross_entropy, lora_linear, relu, rms_norm, silu_mul
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -37,6 +37,8 @@ LABELS = torch.tensor([3, -100, 0, 10, -100])
 CASES: dict[str, tuple[Callable, Callable, list[Tensor]]] = {
     "lora_linear": (lambda x, a, b: lora_linear(x, W, BIAS, a, b, 1.7), lambda x, a, b: plain_lora(x, a, b, W, BIAS), [rand(2, 3, 5), rand(2, 5), rand(7, 2)]),
     "lora_linear without bias": (lambda x, a, b: lora_linear(x, W, None, a, b, 1.7), lambda x, a, b: plain_lora(x, a, b, W, None), [rand(4, 5), rand(3, 5), rand(7, 3)]),
+    "frozen_linear": (lambda x: frozen_linear(x, W, BIAS), lambda x: F.linear(x, W, BIAS), [rand(2, 3, 5)]),
+    "relu": (relu, F.relu, [rand(4, 5)]),
     "flash_attention": (flash_attention, plain_attention, [rand(2, 2, 5, 4), rand(2, 2, 5, 4), rand(2, 2, 5, 4)]),
     "flash_attention, grouped heads": (flash_attention, plain_attention, [rand(1, 4, 5, 3), rand(1, 2, 5, 3), rand(1, 2, 5, 3)]),
     "rms_norm": (lambda x: rms_norm(x, GAIN), lambda x: plain_rms(x, GAIN), [rand(3, 6)]),

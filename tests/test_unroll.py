@@ -1,0 +1,240 @@
+"""The flat hypergradient against a create_graph unroll of independent, plain PyTorch models."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from nacd_fast.config import ModelConfig
+from nacd_fast.errors import NonFiniteError
+from nacd_fast.student import Student, add_lora
+from nacd_fast.unroll import SGD, AdamW, unrolled_sgd
+
+SIZES = dict(vocab_size=29, max_position_embeddings=32, num_hidden_layers=2, num_attention_heads=4, hidden_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def llama() -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=24, tie_word_embeddings=True))
+
+
+def opt(activation: str = "relu") -> PreTrainedModel:
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0, activation_function=activation))
+
+
+def plain_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **kwargs: object) -> tuple[Tensor, None]:
+    """Eager attention whose softmax stays in the model's own precision."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    s = (q @ k.mT * scaling).masked_fill(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1), -torch.inf)
+    return (s.softmax(-1) @ v).transpose(1, 2), None
+
+
+AttentionInterface.register("plain_test_attention", plain_attention)
+
+
+@pytest.fixture
+def float64_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers' RMSNorm computes in float32 whatever the model; the reference must not."""
+    def forward(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    yield
+
+
+def build(make: Callable[[], PreTrainedModel], dtype: torch.dtype, checkpointing: bool = False) -> tuple[Student, Callable]:
+    """A student, and the same loss from an untouched copy of the model."""
+    torch.manual_seed(0)
+    config = ModelConfig(rank=3, lora_alpha=6.0)
+    weights = make().to(dtype).state_dict()
+    models = []
+    for _ in range(2):
+        model = make().to(dtype).eval().requires_grad_(False)
+        model.load_state_dict(weights)
+        models.append(add_lora(model, config, seed=1).to(dtype))
+    student, plain = Student(models[0], checkpointing=checkpointing), models[1]
+    plain.get_base_model().set_attn_implementation("plain_test_attention")
+
+    def plain_loss(adapters: dict[str, Tensor], prompts: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+        x = torch.cat([prompts, plain.get_base_model().get_input_embeddings()(ids)], 1)
+        logits = torch.func.functional_call(plain, adapters, kwargs={"inputs_embeds": x, "use_cache": False}).logits
+        labels = nn.functional.pad(labels, (prompts.shape[1], 0), value=-100)
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    return student, plain_loss
+
+
+def batches(steps: int, dtype: torch.dtype) -> tuple[Tensor, list[tuple]]:
+    """Prompts of 5 samples, and for every step three of them (some samples in several steps) with their tokens."""
+    g = torch.Generator().manual_seed(2)
+    prompts = (0.1 * torch.randn(5, 2, 16, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
+    ids = torch.randint(3, 29, (5, 7), generator=g)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    labels[2, 5:] = -100
+    picks = [torch.randperm(5, generator=g)[:3] for _ in range(steps)]
+    return prompts, [(rows, ids[rows], labels[rows]) for rows in picks]
+
+
+def theta_of(student: Student, dtype: torch.dtype) -> Tensor:
+    size = sum(shape.numel() for shape in student.shapes.values())
+    return (0.1 * torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).to(dtype).requires_grad_()
+
+
+def reference_step(update: object, theta: Tensor, state: list, grad: Tensor, lr: Tensor, n: int) -> Tensor:
+    """torch.optim's formulas, written out once more."""
+    if isinstance(update, AdamW):
+        b1, b2 = update.betas
+        m, v = (b1 * state[0] + (1 - b1) * grad, b2 * state[1] + (1 - b2) * grad**2) if state else ((1 - b1) * grad, (1 - b2) * grad**2)
+        state[:] = [m, v]
+        return theta - lr * update.weight_decay * theta - lr * (m / (1 - b1 ** (n + 1))) / ((v / (1 - b2 ** (n + 1))).sqrt() + update.eps)
+    assert isinstance(update, SGD)
+    grad = grad + update.weight_decay * theta
+    if update.momentum:
+        state[:] = [update.momentum * state[0] + grad if state else grad]
+        grad = grad + update.momentum * state[0] if update.nesterov else state[0]
+    return theta - lr * grad
+
+
+UPDATES = {
+    "sgd": SGD(), "sgd, weight decay": SGD(weight_decay=0.1), "momentum": SGD(momentum=0.9),
+    "nesterov": SGD(momentum=0.8, nesterov=True, weight_decay=0.05), "adamw": AdamW(weight_decay=0.1, eps=1e-6),
+}
+
+
+def hypergradients(student: Student, plain_loss: Callable, steps: int, update: object, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """(theta_N, and d/d(prompts, alpha, theta_0) of a loss on it) by our sweep and by a create_graph unroll."""
+    prompts, data = batches(steps, dtype)
+    rate = 0.002 if isinstance(update, AdamW) else 0.05
+    results = []
+    for flat in (True, False):
+        theta0, alpha = theta_of(student, dtype), torch.tensor(rate, dtype=dtype, requires_grad=True)
+        target = torch.linspace(-1, 1, theta0.numel(), dtype=dtype)
+        if flat:
+            inputs = [(prompts[rows], ids, labels) for rows, ids, labels in data]
+            theta = unrolled_sgd(lambda p, b: student.loss(student.unflatten(p), *b), theta0, alpha, inputs, update=update)
+        else:
+            theta, state = theta0, []
+            for n, (rows, ids, labels) in enumerate(data):
+                (grad,) = torch.autograd.grad(plain_loss(student.unflatten(theta), prompts[rows], ids, labels), theta, create_graph=True)
+                theta = reference_step(update, theta, state, grad, alpha, n)
+        loss = ((theta - target) ** 2).sum() / ((theta0.detach() - target) ** 2).sum()
+        results.append([theta.detach(), *torch.autograd.grad(loss, (prompts, alpha, theta0))])
+    return results[0], results[1]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("steps", [1, 2, 6, 16])
+@pytest.mark.parametrize("make", [llama, opt])
+def test_equals_create_graph_in_float64(make: Callable, steps: int, update: str, float64_norms: None) -> None:
+    student, plain = build(make, torch.float64)
+    for ours, theirs in zip(*hypergradients(student, plain, steps, UPDATES[update], torch.float64), strict=True):
+        assert relative(ours, theirs) <= 1e-9
+
+
+@pytest.mark.parametrize("update", [*(name for name in UPDATES if name != "adamw"), "adamw, eps 1e-3"])
+@pytest.mark.parametrize("make", [llama, lambda: opt("gelu")], ids=["llama", "opt with gelu"])
+def test_equals_create_graph_in_float32(make: Callable, update: str) -> None:
+    """Smooth functions: a ReLU, or AdamW's sign(g) at a tiny eps, flips where two correct programs round differently."""
+    student, plain = build(make, torch.float32)
+    rule = UPDATES.get(update) or AdamW(eps=1e-3, weight_decay=0.1)
+    for ours, theirs in zip(*hypergradients(student, plain, 6, rule, torch.float32), strict=True):
+        assert relative(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("make", [llama, opt])
+def test_checkpointing_changes_nothing(make: Callable, float64_norms: None) -> None:
+    student, plain = build(make, torch.float64, checkpointing=True)
+    calls: list[None] = []
+    student.backbone.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(None))
+    for ours, theirs in zip(*hypergradients(student, plain, 3, SGD(), torch.float64), strict=True):
+        assert relative(ours, theirs) <= 1e-9
+    assert len(calls) == 3 * 2 * 2  # steps, sweeps, once forward and once recomputed
+
+
+def quadratic(theta: dict[str, Tensor], batch: tuple[Tensor, str]) -> Tensor:
+    x, _ = batch
+    return ((theta["w"] * x).sin() + theta["b"]).square().sum()
+
+
+def toy(steps: int) -> tuple[dict[str, Tensor], list]:
+    g = torch.Generator().manual_seed(0)
+    theta = {"w": torch.randn(3, 2, generator=g, dtype=torch.float64), "b": torch.randn(2, generator=g, dtype=torch.float64)}
+    return theta, [(torch.randn(3, 2, generator=g, dtype=torch.float64), "a name") for _ in range(steps)]
+
+
+def test_gradcheck_of_trees_and_of_one_rate_a_step() -> None:
+    """Against finite differences, with dicts, strings among the inputs, and a learning rate for every step."""
+    theta, data = toy(3)
+
+    def final(w: Tensor, b: Tensor, lr: Tensor, *xs: Tensor) -> Tensor:
+        out = unrolled_sgd(quadratic, {"w": w, "b": b}, lr, [(x, name) for x, (_, name) in zip(xs, data, strict=True)], update=SGD(momentum=0.5))
+        return out["w"].sum() + out["b"].square().sum()
+
+    leaves = [theta["w"], theta["b"], torch.tensor([0.1, 0.05, 0.2], dtype=torch.float64), *(x for x, _ in data)]
+    assert torch.autograd.gradcheck(final, [t.requires_grad_() for t in leaves])
+
+
+def test_adamw_is_finite_where_a_gradient_is_exactly_zero() -> None:
+    """As for LoRA's A while B = 0: the root of Adam's second moment has an infinite slope there."""
+    theta, lr = torch.zeros(2, dtype=torch.float64, requires_grad=True), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    out = unrolled_sgd(lambda p, x: (p[0] * x).sum(), theta, lr, [torch.ones(()).double()] * 2, update=AdamW())
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (theta, lr)))
+
+
+def test_only_theta_is_kept_for_sgd() -> None:
+    theta, data = toy(4)
+    seen = []
+
+    class Spy(SGD):
+        def step(self, theta: Tensor, state: tuple, grad: Tensor, lr: Tensor, n: int) -> tuple:
+            seen.append(n)
+            return super().step(theta, state, grad, lr, n)
+
+    out = unrolled_sgd(quadratic, {k: t.requires_grad_() for k, t in theta.items()}, 0.1, data, update=Spy())
+    node = out["w"].grad_fn
+    while not hasattr(node, "kept"):
+        node = node.next_functions[0][0]
+    assert [kept[1:] for kept in node.kept] == [((), None)] * 4 and seen == [0, 1, 2, 3]
+
+
+def test_non_finite_loss_names_its_step() -> None:
+    theta, data = toy(4)
+    data[2] = (torch.full((3, 2), torch.nan, dtype=torch.float64), "")
+    with pytest.raises(NonFiniteError, match="inner step 2 of 4"):
+        unrolled_sgd(quadratic, theta, 0.1, data)
+
+
+def test_random_inner_loss_is_caught() -> None:
+    theta, data = toy(3)
+    out = unrolled_sgd(lambda p, b: nn.functional.dropout(p["w"] * b[0], 0.5).square().sum() + p["b"].sum(), {k: t.requires_grad_() for k, t in theta.items()}, 0.1, data)
+    with pytest.raises(RuntimeError, match="not deterministic"):
+        out["w"].sum().backward()
+
+
+def test_second_derivative_through_the_unroll_is_refused() -> None:
+    theta, data = toy(2)
+    w = theta["w"].requires_grad_()
+    (g,) = torch.autograd.grad(unrolled_sgd(quadratic, theta, 0.1, data)["w"].square().sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize(("theta", "lr", "message"), [
+    ({"a": torch.zeros(2), "b": torch.zeros(2).double()}, 0.1, "one dtype"),
+    ({"a": torch.zeros(2, dtype=torch.int64)}, 0.1, "float tensors"),
+    ({"a": torch.zeros(2)}, torch.zeros(3), r"lr has shape \(3,\)"),
+])
+def test_bad_arguments_are_named(theta: dict, lr: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unrolled_sgd(lambda p, x: p["a"].sum(), theta, lr, [torch.zeros(1)] * 2)
+
+
+def test_no_step_is_the_identity() -> None:
+    theta, _ = toy(1)
+    assert unrolled_sgd(quadratic, theta, 0.1, []) is theta
