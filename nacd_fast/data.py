@@ -2,7 +2,8 @@
 
 A row is one of
     {"messages": [{"role": "user" | "assistant" | "system", "content": text}, ...]}
-    {"instruction", "input"?, "output"} (Alpaca), {"instruction", "context"?, "response"} (Dolly), {"prompt", "completion"}
+    {"instruction", "input"?, "output"} (Alpaca), {"instruction", "context"?, "response"} (Dolly)
+    {"prompt", "completion"}
 each with, at will, `id`, `source` (or `dataset`, `template`, `category`), and `choices` with `answer`, the index of
 the right one. Flat forms are stripped of outer white space, since the template puts its own; messages stay as they are.
 
@@ -27,6 +28,7 @@ from .errors import InputError
 from .rows import SPLITS, Row, first_line, read_rows
 
 IGNORE = -100
+BLOCK = 1000   # examples tokenised at a time: a tokenizer's raw results are large
 ROLES = ("user", "assistant", "system")
 FORMS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "completion"))
 SOURCE_KEYS = ("source", "dataset", "template", "category")
@@ -85,10 +87,8 @@ def parse_row(row: Row) -> Example:
     if not isinstance(value, dict):
         raise InputError(f"{row.place}: must be an object, not {type(value).__name__}")
     given = value.get("id")
-    name = f"{row.stem}-{row.number}" if given is None else str(given)
+    name = f"{row.stem}-{row.number}" if given is None else parse_id(given, row.place)
     place = row.place if given is None else f"{row.place} (id {name!r})"
-    if not name.strip() or name != name.strip() or len(name.splitlines()) > 1 or name.startswith("#"):
-        raise InputError(f"{row.place}: id={name!r}: must be one line of text without outer blanks or a leading #")
     messages = parse_messages(value["messages"], place) if "messages" in value else flat_messages(value, place)
     responses = [m["content"] for m in messages if m["role"] == "assistant"]
     if not responses:
@@ -96,8 +96,15 @@ def parse_row(row: Row) -> Example:
     if not responses[-1].strip():
         raise InputError(f"{place}: the response is empty")
     choices, answer = parse_choices(value, place)
-    source = next((str(value[key]) for key in SOURCE_KEYS if value.get(key)), row.stem)
-    return Example(name, source, messages, choices, answer)
+    source = next((value[key] for key in SOURCE_KEYS if value.get(key)), row.stem)
+    return Example(name, text(source, "source", place), messages, choices, answer)
+
+
+def parse_id(given: Any, place: str) -> str:
+    name = text(str(given) if type(given) is int else given, "id", place)
+    if name.splitlines() != [name] or name != name.strip() or name.startswith("#"):
+        raise InputError(f"{place}: id={name!r}: must be one line of text without outer blanks or a leading #")
+    return name
 
 
 def parse_messages(turns: Any, place: str) -> tuple[dict[str, str], ...]:
@@ -187,15 +194,20 @@ def encode_set(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
 
     Everything behind the last response is dropped; longer samples are cut to max_tokens as `cut` says.
     """
-    if config.template == "chat":
-        check_chat_template(tokenizer)
-        if GENERATION.search(tokenizer.get_chat_template()) and tokenizer.is_fast:
-            rows = [generation_row(e, tokenizer) for e in examples]
+    chat = config.template == "chat"
+    if chat and not tokenizer.chat_template:
+        raise InputError("data.template='chat': the model's tokenizer has no chat template; take 'plain'")
+    masks = chat and tokenizer.is_fast and GENERATION.search(tokenizer.get_chat_template())
+    out: list[Encoded] = []
+    for start in range(0, len(examples), BLOCK):
+        block = examples[start:start + BLOCK]
+        if masks:
+            rows = [generation_row(e, tokenizer) for e in block]
         else:
-            rows = piece_rows([chat_pieces(e, tokenizer) for e in examples], tokenizer, literal=False)
-    else:
-        rows = piece_rows([plain_pieces(e) for e in examples], tokenizer, literal=True)
-    return [cut(e.id, ids, mask, tokenizer.bos_token_id, config.max_tokens) for e, (ids, mask) in zip(examples, rows)]
+            pieces = [chat_pieces(e, tokenizer) if chat else plain_pieces(e) for e in block]
+            rows = piece_rows(pieces, tokenizer, literal=not chat)
+        out += [cut(e.id, *row, tokenizer.bos_token_id, config.max_tokens) for e, row in zip(block, rows)]
+    return out
 
 
 def turns(example: Example) -> list[dict[str, str]]:
@@ -217,11 +229,6 @@ def plain_pieces(example: Example) -> Pieces:
     return pieces
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise InputError("data.template='chat': the model's tokenizer has no chat template; take 'plain'")
-
-
 def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """As `plain_pieces`: a response is what the template renders with it, less what it renders to ask for it."""
     pieces: Pieces = []
@@ -231,8 +238,8 @@ def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pieces:
             before = render(example.id, tokenizer, messages[:i], add_generation_prompt=True)
             after = render(example.id, tokenizer, messages[:i + 1])
             if not before.startswith(done) or not after.startswith(before):
-                raise InputError(f"{example.id}: the chat template rewrites earlier text when turn {i + 1} is added, so "
-                                 "the response cannot be told from the prompt; take data.template='plain'")
+                raise InputError(f"{example.id}: the chat template rewrites earlier text when turn {i + 1} is added, "
+                                 "so the response cannot be told from the prompt; take data.template='plain'")
             pieces += [(before[len(done):], False), (after[len(before):], True)]
             done = after
     return pieces
@@ -278,7 +285,7 @@ def piece_ids(samples: list[Pieces], tokenizer: PreTrainedTokenizerBase, literal
     how = dict(add_special_tokens=False, split_special_tokens=literal, verbose=False)
 
     def ids(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, **how)["input_ids"] if texts else []
+        return tokenizer(texts, **how)["input_ids"]
 
     blank = tokenizer.convert_tokens_to_ids("\u2581")
     bare, spaced = ids(["a", " a"])

@@ -1,4 +1,4 @@
-"""The selection stage: full set -> ids.txt (those kept, one a line), scores.parquet (id, source, score, kept; of all)."""
+"""The selection stage: full set -> ids.txt (the kept, one a line), scores.parquet (id, source, score, kept of all)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
