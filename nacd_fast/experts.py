@@ -1,0 +1,74 @@
+"""Experts: LoRA trained on the full set, whose weight trajectories are to be matched.
+
+    <folder>/trajectory/     a TrajectoryStore: the adapters at step 0, at each epoch's end, each snapshot_steps
+    <folder>/schedule.json   {"steps_per_epoch", "total_steps", "losses": [of each step, before its update]}
+
+Equation 2's theta^{t + M} against theta^t: snapshots are named by optimiser steps, so that spans can be shorter than an
+epoch. At step 0 every B is 0, and A is drawn from the expert's seed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from .artifacts import open_stage, write_json
+from .config import DataConfig, ExpertConfig, ModelConfig
+from .data import Example, digest, encode_set
+from .store import TrajectoryWriter
+from .student import adapter_state, add_lora, load_model, max_positions
+from .training import Observer, Samples, check_batch, check_lengths, data_settings, model_settings, train
+
+
+class Snapshots(Observer):
+    """Stores the adapters at the steps that are due."""
+
+    def __init__(self, writer: TrajectoryWriter, model: PeftModel, periods: Sequence[int]):
+        self.writer, self.model, self.periods = writer, model, periods
+
+    def begin(self, step: int) -> None:
+        self.writer.truncate(step if step > 0 else -1)
+        if step == 0:
+            self.writer.append(0, adapter_state(self.model))
+
+    def after(self, step: int) -> None:
+        if any(step % period == 0 for period in self.periods):
+            self.writer.append(step, adapter_state(self.model))
+
+
+def total_steps(config: ExpertConfig, per_epoch: int) -> int:
+    steps = config.epochs * per_epoch
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def settings(model: ModelConfig, data: DataConfig, config: ExpertConfig, seed: int) -> dict[str, Any]:
+    """What determines the trajectory: neither the device nor the number of other experts does."""
+    chosen = asdict(config)
+    del chosen["count"]
+    return {"model": model_settings(model), "data": data_settings(data), "experts": chosen, "seed": seed}
+
+
+def run(folder: Path, model: ModelConfig, data: DataConfig, config: ExpertConfig, examples: Sequence[Example],
+        seed: int) -> Path:
+    """Train one expert on `examples`; `seed` draws its adapters and its order of samples. Returns `folder`."""
+    check_batch("the full set", len(examples), "experts.batch", config.batch)
+    per_epoch = math.ceil(len(examples) / config.batch)
+    steps = total_steps(config, per_epoch)
+    if not (folder / "manifest.json").exists():  # bad input must be found before the folder is made
+        base, tokenizer = load_model(model.path, model.dtype, model.device)
+        samples = Samples([e.id for e in examples], encode_set(examples, tokenizer, data))
+        check_lengths(samples.ids, samples.rows, [0] * len(examples), max_positions(base))
+        student = add_lora(base, model, seed)
+    with open_stage(folder, settings(model, data, config, seed), {"train": digest(examples)}) as stage:
+        if stage.finished:
+            return folder
+        with TrajectoryWriter(folder / "trajectory") as writer:
+            periods = [per_epoch, *filter(None, [config.snapshot_steps])]
+            losses = train(student, samples, optimizer=config.optimizer, lr=config.lr, batch=config.batch, steps=steps,
+                           seed=seed, pad_id=tokenizer.pad_token_id or 0, work=stage.work, label=f"expert {seed}",
+                           observer=Snapshots(writer, student, periods))
+        write_json(folder / "schedule.json", {"steps_per_epoch": per_epoch, "total_steps": steps, "losses": losses})
+    return folder
