@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
-    LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback,
-    TrainingArguments, default_data_collator, set_seed,
+    LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, PrinterCallback, Trainer,
+    TrainerCallback, TrainingArguments, default_data_collator, set_seed,
 )
 
 SEED = 2504
@@ -231,6 +231,7 @@ def pretrain(kind: str, documents: list[str], held: list[str], out: Path, scratc
         save_total_limit=1, report_to=[], seed=SEED, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )
     trainer = Trainer(model=model, args=args, train_dataset=train, eval_dataset=evaluation, data_collator=default_data_collator, callbacks=[Log()])
+    trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=any((scratch / kind).glob("checkpoint-*")))
     print(f"{kind}: trained in {time.perf_counter() - start:.0f} s on {torch.get_num_threads()} thread(s)", flush=True)
