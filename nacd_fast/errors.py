@@ -6,4 +6,8 @@ class InputError(ValueError):
 
 
 class NonFiniteError(InputError):
-    """A loss or gradient became NaN or infinite."""
+    """A loss or gradient became NaN or infinite, at `step` of an unroll where that is known."""
+
+    def __init__(self, message: str, step: int | None = None):
+        super().__init__(message)
+        self.step = step

@@ -183,7 +183,7 @@ class _Unroll(torch.autograd.Function):
         ctx.losses = torch.stack(losses).float()
         if not bool(ctx.losses.isfinite().all()):  # the sweep's only wait for the device
             step = int((~ctx.losses.isfinite()).nonzero()[0])
-            raise NonFiniteError(f"inner step {step} of {len(losses)}: the loss is {float(ctx.losses[step])}")
+            raise NonFiniteError(f"inner step {step} of {len(losses)}: the loss is {float(ctx.losses[step])}", step)
         return theta
 
     @staticmethod

@@ -8,10 +8,11 @@ from .flash_attention import flash_attention
 from .frozen_linear import frozen_linear
 from .linear_cross_entropy import linear_cross_entropy
 from .lora_linear import lora_linear
+from .nearest_embedding import nearest_embedding
 from .norms import layer_norm, rms_norm
 from .twice import twice_differentiable
 
 __all__ = [
-    "flash_attention", "frozen_linear", "layer_norm", "linear_cross_entropy", "lora_linear", "relu", "rms_norm", "silu_mul",
+    "flash_attention", "frozen_linear", "layer_norm", "linear_cross_entropy", "lora_linear", "nearest_embedding", "relu", "rms_norm", "silu_mul",
     "twice_differentiable",
 ]

@@ -1,0 +1,100 @@
+"""The `nacd` command. `nacd distill` is the whole job; `nacd <stage>` does it up to that stage; `nacd report` renders anew.
+
+    nacd distill --config demo --match.inner_steps 12     # a recipe (a file, or a name from recipes/) and overrides
+    nacd match --config my.yaml --dry-run                 # what would be done
+
+Flags are generated from the fields of config.py. Bad input is one sentence on stderr and exit status 2; --debug shows the
+traceback. Ctrl-C exits with 130, and the same command goes on where it stopped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig
+from .errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+HELP = {
+    "distill": "the whole job", "select": "the kept samples", "experts": "up to the expert trajectories",
+    "match": "up to the learned prompts (Algorithm 1)", "decode": "up to the distilled set", "tune": "up to the tuned models",
+    "evaluate": "up to the scores", "report": "up to the report",
+}
+
+
+def recipe(name: str) -> str:
+    """Path of a recipe: a file, or the name of one in recipes/."""
+    named = RECIPES / f"{name}.yaml"
+    if not Path(name).is_file() and not named.is_file():
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise InputError(f"--config {name}: no such file, and no recipe of that name (recipes: {known})")
+    return name if Path(name).is_file() else str(named)
+
+
+def make_parser(command: str) -> Any:
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"nacd {command}", description=f"NACD data distillation: {HELP[command]}.", exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file, or a name from nacd_fast/recipes")
+    parser.add_argument("--dry-run", dest="dry_run", action="store_true", help="print the resolved settings and the plan; write nothing")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def parse(command: str, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
+    """The settings, and whether to --dry-run and to --debug. Raises InputError on unknown or ill-typed settings."""
+    parser = make_parser(command)
+    arguments = [recipe(value) if i and arguments[i - 1] == "--config" else value for i, value in enumerate(arguments)]
+    try:
+        found = parser.instantiate_classes(parser.parse_args(arguments))
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(" ".join(str(error).split())) from None
+    values = {name: value for name, value in vars(found).items() if name not in ("config", "dry_run", "debug")}
+    return RunConfig(**values), found.dry_run, found.debug
+
+
+def execute(command: str, config: RunConfig, dry_run: bool) -> None:
+    from . import distill  # torch and transformers load only from here
+
+    if dry_run:
+        job = distill.Job(config)
+        job.check()
+        print(distill.to_yaml(config) + "\n" + job.plan())
+        return
+    distill.run(config, until="report" if command == "distill" else command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status of the command line `arguments` (without the program's name)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] not in HELP:
+        wants_help = bool(given) and given[0] in ("-h", "--help")
+        lines = [f"  {name:9} {text}" for name, text in HELP.items()]
+        print("\n".join(["usage: nacd COMMAND [--config RECIPE] [--help] ...", *lines]), file=sys.stdout if wants_help else sys.stderr)
+        return 0 if wants_help else 2
+    debug = "--debug" in given
+    try:
+        config, dry_run, debug = parse(given[0], given[1:])
+        execute(given[0], config, dry_run)
+    except InputError as error:
+        if debug:
+            raise
+        print(f"nacd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nacd: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The whole job: data -> selection -> experts -> matching -> decode -> tune -> evaluate -> report, in one run folder.
+
+    config.yaml             the settings
+    selection/seed0/        the kept samples
+    experts/expert0/        trajectories on the full set, shared by all seeds
+    matching/seed0/         prompts and alpha, with the curve
+    distilled/seed0/        the product: prompts, their nearest tokens and the samples
+    tuned/<row>/seed0/      adapters trained on each row of the comparison
+    scores/<row>/seed0/     their scores on the test split
+    scores.json             one entry a row and seed
+    report.html, report.md
+
+A finished stage is reused, an unfinished one resumes. `python -m nacd_fast.distill --help` shows every setting.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import decode, evaluate, experts, matching, report, tune
+from .artifacts import folder_digest, write_atomic, write_json
+from .config import ModelConfig, RunConfig
+from .data import Example, read_set
+from .selection import stage as selection
+
+STAGES = ("select", "experts", "match", "decode", "tune", "evaluate", "report")
+SETTINGS = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: what is trained, and what it is trained on."""
+
+    name: str
+    transfer: bool = False    # on the transfer model
+    train: str | None = None  # None: the base as it is; "full" or "kept" samples
+    prompts: str | None = None  # "embeddings" or "decoded", in front of the kept samples
+
+
+ROWS = (
+    Row("baseline"),
+    Row("full", train="full"),
+    Row("random", train="kept"),
+    Row("nacd_embeddings", train="kept", prompts="embeddings"),
+    Row("nacd_decoded", train="kept", prompts="decoded"),
+    Row("transfer_baseline", transfer=True),
+    Row("transfer_random", transfer=True, train="kept"),
+    Row("transfer_nacd_decoded", transfer=True, train="kept", prompts="decoded"),
+)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The settings as a recipe file."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+class Job:
+    """A run folder and its stages, each a method that does what is left to do."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.out = config, Path(config.out)
+        self.full, self.validation, self.test = (read_set(source, split) for source, split in (
+            (config.data.train, "train"), (config.data.validation, "validation"), (config.data.test, "test")))
+        self.rows = [row for row in ROWS if config.transfer or not row.transfer]
+        self.kept: dict[int, list[Example]] = {}
+
+    def cells(self) -> list[tuple[Row, int]]:
+        """Rows and seeds; an untrained model has no seed but the first."""
+        return [(row, seed) for row in self.rows for seed in (self.config.seeds if row.train else self.config.seeds[:1])]
+
+    def folder(self, stage: str, seed: int, row: str = "") -> Path:
+        return self.out / stage / row / f"seed{seed}"
+
+    def expert_folders(self) -> list[Path]:
+        return [self.out / "experts" / f"expert{i}" for i in range(self.config.experts.count)]
+
+    def model(self, row: Row) -> ModelConfig:
+        return replace(self.config.model, path=self.config.transfer) if row.transfer else self.config.model
+
+    def select(self) -> None:
+        for seed in self.config.seeds:
+            ids = set(selection.run(self.folder("selection", seed), self.full, self.config.select, seed))
+            self.kept[seed] = [example for example in self.full if example.id in ids]
+
+    def experts(self) -> None:
+        for seed, folder in enumerate(self.expert_folders()):
+            experts.run(folder, self.config.model, self.config.data, self.config.experts, self.full, seed)
+
+    def match(self) -> None:
+        for seed in self.config.seeds:
+            matching.run(self.folder("matching", seed), self.config.model, self.config.data, self.config.match, self.kept[seed],
+                         self.expert_folders(), seed)
+
+    def decode(self) -> None:
+        for seed in self.config.seeds:
+            decode.run(self.folder("distilled", seed), self.config.model, self.kept[seed], self.folder("matching", seed))
+
+    def tune(self) -> None:
+        for row, seed in self.cells():
+            if not row.train:
+                continue
+            full = row.train == "full"
+            distilled = self.folder("distilled", seed)
+            prompts = None if row.prompts is None else decode.read_prompts(distilled, decoded=row.prompts == "decoded")
+            tune.run(self.folder("tuned", seed, row.name), self.model(row), self.config.data, self.config.tune,
+                     self.full if full else self.kept[seed], self.validation, seed,
+                     epochs=self.config.tune.full_epochs if full else self.config.tune.epochs, prompts=prompts,
+                     inputs={} if row.prompts is None else {"distilled": folder_digest(distilled)}, label=f"{row.name}, seed {seed}")
+
+    def evaluate(self) -> None:
+        scores = []
+        for row, seed in self.cells():
+            adapter = self.folder("tuned", seed, row.name) / "adapter" if row.train else None
+            found = evaluate.run(self.folder("scores", seed, row.name), self.model(row), self.config.data, self.config.evaluate,
+                                 self.test, adapter, f"score {row.name}, seed {seed}")
+            fraction = {"full": 1.0, "kept": len(self.kept[seed]) / len(self.full), None: 0.0}[row.train]
+            scores.append({"row": row.name, "method": row.name.removeprefix("transfer_"), "model": self.model(row).path,
+                           "fraction": fraction, "seed": seed, **found})
+        write_json(self.out / "scores.json", scores)
+
+    def report(self) -> None:
+        print(f"report: {report.run(self.out)}")
+
+    def check(self) -> None:
+        """What can be told before anything is written: sizes against batches, every model's and sample's fit."""
+        from .training import check_batch
+
+        kept = max(1, round(self.config.select.fraction * len(self.full)))
+        check_batch("the full set", len(self.full), "experts.batch", self.config.experts.batch)
+        check_batch(f"the kept set (select.fraction={self.config.select.fraction} of {len(self.full)})", kept, "match.batch", self.config.match.batch)
+        check_batch("the kept set", kept, "tune.batch", self.config.tune.batch)
+        matching.check_starts(self.config.match, self.config.experts, len(self.full))
+        matching.check_model(self.config.model, self.config.data, self.config.match, self.full)
+
+    def plan(self) -> str:
+        """What is finished, what resumes and what is to do, by stage."""
+        folders = {
+            "select": [self.folder("selection", s) for s in self.config.seeds], "experts": self.expert_folders(),
+            "match": [self.folder("matching", s) for s in self.config.seeds], "decode": [self.folder("distilled", s) for s in self.config.seeds],
+            "tune": [self.folder("tuned", s, row.name) for row, s in self.cells() if row.train],
+            "evaluate": [self.folder("scores", s, row.name) for row, s in self.cells()],
+        }
+        config, n, kept = self.config, len(self.full), max(1, round(self.config.select.fraction * len(self.full)))
+        lines = [f"full set {n} samples, kept {kept}, validation {len(self.validation)}, test {len(self.test)}; out {self.out}"]
+        per_epoch = -(-n // config.experts.batch)
+        steps = min(per_epoch * config.experts.epochs, config.experts.max_steps or sys.maxsize)
+        work = {"experts": f"{steps} steps of {config.experts.batch} each",
+                "match": f"S = {config.match.iterations} iterations of N = {config.match.inner_steps} steps of {config.match.batch} each"}
+        for stage, where in folders.items():
+            done = sum((folder / "manifest.json").exists() for folder in where)
+            begun = sum((folder / "work").exists() for folder in where)
+            lines.append(f"{stage:9} {len(where):3} cells: {done} finished, {begun} to resume, {len(where) - done - begun} to do"
+                         + (f"; {work[stage]}" if stage in work else ""))
+        return "\n".join(lines)
+
+
+def run(config: RunConfig, until: str = STAGES[-1], say: Callable[[str], object] = print) -> Path:
+    """The job, up to and with stage `until`. Returns the run folder. Raises InputError before anything is written."""
+    job = Job(config)
+    job.check()
+    settings, text = job.out / SETTINGS, to_yaml(config)
+    if settings.exists() and settings.read_text(encoding="utf-8") != text:
+        say(f"{settings}: settings changed; stages they do not touch are reused")
+    write_atomic(settings, text.encode())
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        getattr(job, stage)()
+    return job.out
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["distill", *sys.argv[1:]]))
