@@ -210,17 +210,11 @@ def encode_set(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     return out
 
 
-def turns(example: Example) -> list[dict[str, str]]:
-    """The messages up to the last response: nothing behind it is supervised."""
-    last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
-    return list(example.messages[:last + 1])
-
-
 def plain_pieces(example: Example) -> Pieces:
     """Each piece is tokenised by itself, so that no token crosses a border."""
     pieces: Pieces = []
     context = ""
-    for message in turns(example):
+    for message in example.messages:
         if message["role"] == "assistant":
             pieces += [(f"{context}Assistant:", False), (f" {message['content']}", True)]
             context = "\n"
@@ -232,7 +226,7 @@ def plain_pieces(example: Example) -> Pieces:
 def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """As `plain_pieces`: a response is what the template renders with it, less what it renders to ask for it."""
     pieces: Pieces = []
-    done, messages = "", turns(example)
+    done, messages = "", list(example.messages)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before = render(example.id, tokenizer, messages[:i], add_generation_prompt=True)
@@ -246,7 +240,7 @@ def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pieces:
 
 
 def generation_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    out = render(example.id, tokenizer, turns(example), tokenize=True, return_dict=True,
+    out = render(example.id, tokenizer, list(example.messages), tokenize=True, return_dict=True,
                  return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False})
     return out["input_ids"], [bool(m) for m in out["assistant_masks"]]
 

@@ -481,11 +481,13 @@ def test_truncation_keeps_the_response(prompt: int, response: int, first: int, l
 def test_truncation_without_bos_or_prompt() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     tokenizer.bos_token = None
-    row = encode(talk("a " * 50, "b " * 50), tokenizer, DataConfig(max_tokens=10))
-    assert [label == IGNORE for label in row.labels] == [True] * 5 + [False] * 5
+    example = talk("a " * 50, "b " * 50)
+    whole, row = (encode(example, tokenizer, c) for c in (LONG, DataConfig(max_tokens=10)))
+    border = whole.labels.count(IGNORE)
+    assert row.input_ids == whole.input_ids[border - 5:border + 5] and row.labels == whole.labels[border - 5:border + 5]
     only = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     tokenizer.chat_template = only   # everything is supervised
-    row = encode(talk("a " * 50, "b " * 50), tokenizer, DataConfig(template="chat", max_tokens=10))
+    row = encode(example, tokenizer, DataConfig(template="chat", max_tokens=10))
     assert row.labels == row.input_ids and len(row.labels) == 10
 
 
