@@ -24,7 +24,7 @@ env: $(ENV)  ## the environment .venv, with this project editable in it
 
 $(ENV): pyproject.toml setup.py
 	@echo "== environment: .venv, $(TORCH), then this project (editable) with [dev]"
-	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PY) -m pip show -q torch 2>/dev/null || $(PY) -m pip install -q $(TORCH)
 	NACD_NATIVE=0 $(PY) -m pip install -q -e '.[dev]'
 	@touch $@
