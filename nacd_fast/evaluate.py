@@ -125,7 +125,7 @@ def row_nll(model: PreTrainedModel, plan: Plan, batch: int, pad_id: int, label: 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     plain_head = has_plain_head(model, torch.tensor([rows[order[0]].input_ids], device=model.device))
     starts = range(0, len(rows), batch)
-    with progress_bar(f"evaluate {label}", len(starts)) as bar:
+    with progress_bar(label, len(starts)) as bar:
         for start in starts:
             chosen = order[start:start + batch]
             tensors = collate([rows[i] for i in chosen], pad_id)

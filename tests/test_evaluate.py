@@ -1,26 +1,33 @@
-"""Scores against Hugging Face's own loss, sample by sample; accuracy, ties, intervals, and what bad input gets."""
+"""Scores against Hugging Face's own loss, sample by sample; accuracy, ties, and what bad input gets."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from nacd_fast import evaluate
-from nacd_fast.artifacts import read_json
 from nacd_fast.config import DataConfig, EvaluateConfig, ModelConfig
 from nacd_fast.data import Example, choice_examples, encode, read_set
 from nacd_fast.errors import InputError, NonFiniteError
-from nacd_fast.intervals import Items, paired_difference, read_items, summarise, write_items
+from nacd_fast.intervals import read_items
 from nacd_fast.student import add_lora, load_model, load_tokenizer
 
 DATA = DataConfig()
-EVALUATE = EvaluateConfig(batch=4, bootstrap=200)
-SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=160)
+SMALL: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=160)
 
 
 def build(family: str, vocab: int) -> PreTrainedModel:
@@ -29,8 +36,8 @@ def build(family: str, vocab: int) -> PreTrainedModel:
         return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, intermediate_size=48, num_key_value_heads=2,
                                             tie_word_embeddings=True, **SMALL))
     if family == "opt":  # with OPT-350M's projections between embedding and decoder
-        return OPTForCausalLM(OPTConfig(vocab_size=vocab, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False,
-                                        dropout=0.1, **SMALL))
+        return OPTForCausalLM(OPTConfig(vocab_size=vocab, ffn_dim=48, word_embed_proj_dim=16, dropout=0.1,
+                                        do_layer_norm_before=False, **SMALL))
     return Gemma2ForCausalLM(Gemma2Config(vocab_size=vocab, intermediate_size=48, num_key_value_heads=2, head_dim=8,
                                           final_logit_softcapping=0.5, **SMALL))
 
@@ -58,7 +65,13 @@ def test_set() -> list[Example]:
     return [*short[:9], two_turns, replace(short[10], choices=(), answer=None)]
 
 
-def plain_nll(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[float, int]:
+def score(folder: Path, model: ModelConfig, test: list[Example], adapter: Path | None = None,
+          batch: int = 4) -> dict[str, Any]:
+    return evaluate.run(folder, model, DATA, EvaluateConfig(batch=batch, bootstrap=200), test, adapter, "a row")
+
+
+def plain_nll(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase,
+              example: Example) -> tuple[float, int]:
     """Hugging Face's loss of one sample by itself: its sum and its tokens."""
     row = encode(example, tokenizer, DATA)
     with torch.no_grad():
@@ -70,7 +83,7 @@ def plain_nll(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
 def test_nll_is_hugging_faces(models: Path, test_set: list[Example], tmp_path: Path, family: str) -> None:
     config = ModelConfig(path=str(models / family))
-    scores = evaluate.run(tmp_path / "cell", config, DATA, EVALUATE, test_set, None, "baseline")
+    scores = score(tmp_path / "cell", config, test_set)
     model, tokenizer = load_model(config.path)
     expected = [plain_nll(model, tokenizer, e) for e in test_set]
     items = read_items(tmp_path / "cell" / "items.parquet")
@@ -92,12 +105,12 @@ def test_adapter_is_used(models: Path, test_set: list[Example], tmp_path: Path) 
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     student.save_pretrained(str(tmp_path / "adapter"))
-    scores = evaluate.run(tmp_path / "tuned", config, DATA, EVALUATE, test_set, tmp_path / "adapter", "random")
+    scores = score(tmp_path / "tuned", config, test_set, tmp_path / "adapter")
     expected = [plain_nll(student, tokenizer, e) for e in test_set]
     assert scores["nll"] == pytest.approx(sum(n for n, _ in expected) / sum(t for _, t in expected), rel=1e-6)
-    assert scores != evaluate.run(tmp_path / "base", config, DATA, EVALUATE, test_set, None, "random")
+    assert scores != score(tmp_path / "base", config, test_set)
     with pytest.raises(InputError, match="adapter"):  # the folder holds another adapter's scores
-        evaluate.run(tmp_path / "base", config, DATA, EVALUATE, test_set, tmp_path / "adapter", "random")
+        score(tmp_path / "base", config, test_set, tmp_path / "adapter")
 
 
 def test_adapter_of_another_model(models: Path, test_set: list[Example], tmp_path: Path) -> None:
@@ -105,9 +118,9 @@ def test_adapter_of_another_model(models: Path, test_set: list[Example], tmp_pat
     add_lora(model, ModelConfig(targets=("o_proj", "q_proj")), seed=0).save_pretrained(str(tmp_path / "adapter"))
     opt = ModelConfig(path=str(models / "opt"))
     with pytest.raises(InputError, match="does not fit"):
-        evaluate.run(tmp_path / "cell", opt, DATA, EVALUATE, test_set, tmp_path / "adapter", "random")
+        score(tmp_path / "cell", opt, test_set, tmp_path / "adapter")
     with pytest.raises(InputError, match=r"no adapter_config\.json"):
-        evaluate.run(tmp_path / "cell", opt, DATA, EVALUATE, test_set, tmp_path / "nothing", "random")
+        score(tmp_path / "cell", opt, test_set, tmp_path / "nothing")
     assert not (tmp_path / "cell").exists()
 
 
@@ -122,7 +135,7 @@ def test_accuracy_is_by_average_log_likelihood(models: Path, test_set: list[Exam
     right = [replace(e, answer=i) for e, i in zip(test_set, best)]
     wrong = [replace(e, answer=(i + 1) % len(e.choices)) for e, i in zip(test_set, best)]
     mixed = [*right[:6], *wrong[6:], *test_set[10:]]
-    scores = evaluate.run(tmp_path / "cell", config, DATA, EVALUATE, mixed, None, "baseline")
+    scores = score(tmp_path / "cell", config, mixed)
     assert scores["accuracy"] == pytest.approx(6 / 9)
     assert read_items(tmp_path / "cell" / "items.parquet").correct[:9].tolist() == [1.0] * 6 + [0.0] * 3
     by_sum = [int(np.argmin([plain_nll(model, tokenizer, o)[0] for o in choice_examples(e)])) for e in test_set[:9]]
@@ -139,139 +152,70 @@ def test_candidates_are_scored_without_earlier_turns(models: Path, test_set: lis
 
 
 def test_ties_take_the_lowest_index(models: Path, test_set: list[Example], tmp_path: Path) -> None:
-    twins = [replace(test_set[0], id=f"twin-{answer}", choices=("the same", "the same"), answer=answer) for answer in (0, 1)]
+    choices = ("the same", "the same")
+    twins = [replace(test_set[0], id=f"twin-{answer}", choices=choices, answer=answer) for answer in (0, 1)]
     config = ModelConfig(path=str(models / "opt"))
-    evaluate.run(tmp_path / "cell", config, DATA, EVALUATE, twins, None, "baseline")
+    score(tmp_path / "cell", config, twins)
     assert read_items(tmp_path / "cell" / "items.parquet").correct.tolist() == [1.0, 0.0]
 
 
 def test_no_choices_is_no_accuracy(models: Path, test_set: list[Example], tmp_path: Path) -> None:
-    scores = evaluate.run(tmp_path / "cell", ModelConfig(path=str(models / "opt")), DATA, EVALUATE, test_set[10:], None, "x")
+    scores = score(tmp_path / "cell", ModelConfig(path=str(models / "opt")), test_set[10:])
     assert scores["accuracy"] is None and scores["accuracy_interval"] is None
 
 
 def test_batches_do_not_matter_and_bytes_repeat(models: Path, test_set: list[Example], tmp_path: Path) -> None:
     config = ModelConfig(path=str(models / "llama"))
     for name, batch in (("a", 4), ("b", 4), ("c", 1)):
-        evaluate.run(tmp_path / name, config, DATA, replace(EVALUATE, batch=batch), test_set, None, "baseline")
+        score(tmp_path / name, config, test_set, batch=batch)
     for file in ("items.parquet", "scores.json", "manifest.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     a, c = (read_items(tmp_path / name / "items.parquet") for name in "ac")
     np.testing.assert_allclose(a.nll_sum, c.nll_sum, rtol=1e-5)
-    assert read_json(tmp_path / "a" / "scores.json")["accuracy"] == read_json(tmp_path / "c" / "scores.json")["accuracy"]
+    np.testing.assert_array_equal(a.correct, c.correct)
 
 
 def test_finished_cell_is_reused(models: Path, test_set: list[Example], tmp_path: Path,
                                  monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(path=str(models / "opt"))
-    first = evaluate.run(tmp_path / "cell", config, DATA, EVALUATE, test_set, None, "baseline")
+    first = score(tmp_path / "cell", config, test_set)
     monkeypatch.setattr(evaluate, "load_model", None)
-    assert evaluate.run(tmp_path / "cell", config, DATA, EVALUATE, test_set, None, "baseline") == first
+    assert score(tmp_path / "cell", config, test_set) == first
 
 
-def test_chunks_of_logits(models: Path, test_set: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_logits(models: Path, test_set: list[Example], tmp_path: Path,
+                          monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(path=str(models / "llama"))
-    whole = evaluate.run(tmp_path / "whole", config, DATA, EVALUATE, test_set, None, "baseline")
+    whole = score(tmp_path / "whole", config, test_set)
     monkeypatch.setattr(evaluate, "LOGIT_ELEMENTS", 3 * 2048)
-    assert evaluate.run(tmp_path / "chunks", config, DATA, EVALUATE, test_set, None, "baseline")["nll"] == pytest.approx(
+    assert score(tmp_path / "chunks", config, test_set)["nll"] == pytest.approx(
         whole["nll"], rel=1e-6)
 
 
 def test_not_finite_names_the_item(models: Path, test_set: list[Example], tmp_path: Path) -> None:
     model, tokenizer = load_model(str(models / "llama"))
     example = test_set[3]
-    used = encode(example, tokenizer, DATA).input_ids
-    others = {i for e in (*test_set[:3], *test_set[4:]) for o in (e, *choice_examples(e)) for i in encode(o, tokenizer, DATA).input_ids}
-    token = next(i for i in used if i not in others)
+    others = [o for e in test_set if e is not example for o in (e, *choice_examples(e))]
+    elsewhere = {i for o in others for i in encode(o, tokenizer, DATA).input_ids}
+    token = next(i for i in encode(example, tokenizer, DATA).input_ids if i not in elsewhere)
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = float("nan")
         model.config.tie_word_embeddings = False
-        model.lm_head.weight = torch.nn.Parameter(torch.nan_to_num(model.lm_head.weight))
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.nan_to_num(head.weight))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(NonFiniteError, match=example.id):
-        evaluate.run(tmp_path / "cell", ModelConfig(path=str(tmp_path / "model")), DATA, EVALUATE, test_set, None, "baseline")
+        score(tmp_path / "cell", ModelConfig(path=str(tmp_path / "model")), test_set)
     assert not (tmp_path / "cell" / "manifest.json").exists()
 
 
 def test_bad_input(models: Path, test_set: list[Example], tmp_path: Path) -> None:
     config = ModelConfig(path=str(models / "llama"))
-    long = replace(test_set[0], id="long one", messages=({"role": "user", "content": "word and " * 200}, test_set[0].messages[-1]))
+    question = {"role": "user", "content": "word and " * 200}
+    long = replace(test_set[0], id="long one", messages=(question, test_set[0].messages[-1]))
     with pytest.raises(InputError, match=r"item 'long one': \d+ tokens, the model takes at most 160"):
-        evaluate.run(tmp_path / "cell", config, DATA, EVALUATE, [*test_set, long], None, "baseline")
+        score(tmp_path / "cell", config, [*test_set, long])
     with pytest.raises(InputError, match="empty"):
-        evaluate.run(tmp_path / "cell", config, DATA, EVALUATE, [], None, "baseline")
+        score(tmp_path / "cell", config, [])
     assert not (tmp_path / "cell").exists()
-
-
-# --- intervals
-
-def synthetic(generator: np.random.Generator, n: int, shift: float = 0.0, noise: float = 0.5) -> Items:
-    """Items whose true NLL is 2 + shift a token and whose true accuracy is 0.6."""
-    tokens = generator.integers(1, 20, n)
-    nll = (2 + shift) * tokens + noise * tokens * generator.standard_normal(n)
-    return Items(tuple(map(str, range(n))), nll, tokens, (generator.random(n) < 0.6).astype(float))
-
-
-def test_intervals_cover() -> None:
-    generator = np.random.default_rng(1)
-    scores = [summarise(synthetic(generator, 120), resamples=400) for _ in range(300)]
-    for metric, truth in (("nll", 2.0), ("accuracy", 0.6)):
-        covered = np.mean([s[f"{metric}_interval"][0] <= truth <= s[f"{metric}_interval"][1] for s in scores])
-        assert 0.90 <= covered <= 0.98, f"{metric}: {covered}"
-
-
-def test_intervals_are_deterministic_and_ordered(monkeypatch: pytest.MonkeyPatch) -> None:
-    items = synthetic(np.random.default_rng(2), 50)
-    first = summarise(items, resamples=300)
-    assert first == summarise(items, resamples=300) != summarise(items, resamples=300, seed=1)
-    monkeypatch.setattr("nacd_fast.intervals.DRAW_ELEMENTS", 700)  # blocks of 14 draws
-    assert summarise(items, resamples=300) == first
-
-
-def test_paired_difference_is_narrower_than_the_rows() -> None:
-    generator = np.random.default_rng(3)
-    b = [synthetic(generator, 300, noise=1.0) for _ in range(3)]
-    b = [replace(x, tokens=b[0].tokens, nll_sum=x.nll_sum * b[0].tokens / x.tokens) for x in b]
-    a = [replace(x, nll_sum=x.nll_sum - 0.05 * x.tokens + 0.01 * generator.standard_normal(300)) for x in b]
-    mean, low, high = paired_difference(a, b)
-    assert low < -0.05 < high < 0 and high - low < 0.01
-    assert mean == pytest.approx(np.mean([x.nll_sum.sum() / x.tokens.sum() - y.nll_sum.sum() / y.tokens.sum() for x, y in zip(a, b)]))
-    assert paired_difference(a, b) == (mean, low, high)
-    assert paired_difference(b, a) == pytest.approx((-mean, -high, -low))
-    better = [replace(x, correct=np.ones(300)) for x in b]
-    difference = paired_difference(better, b, metric="accuracy")
-    assert difference[0] == pytest.approx(1 - np.mean([x.correct.mean() for x in b])) and difference[1] > 0
-
-
-def test_paired_difference_covers() -> None:
-    generator = np.random.default_rng(4)
-    hits = 0
-    for _ in range(200):
-        a = synthetic(generator, 100, shift=-0.1)
-        b = replace(a, nll_sum=a.nll_sum + 0.1 * a.tokens + 0.2 * a.tokens * generator.standard_normal(100))
-        _, low, high = paired_difference([a], [b], resamples=300)
-        hits += low <= -0.1 <= high
-    assert 0.88 <= hits / 200 <= 0.99
-
-
-def test_paired_difference_refuses() -> None:
-    items = synthetic(np.random.default_rng(5), 10)
-    with pytest.raises(InputError, match="different items"):
-        paired_difference([items], [replace(items, ids=tuple("abcdefghij"))])
-    with pytest.raises(InputError, match="2 and 1 seeds"):
-        paired_difference([items, items], [items])
-    with pytest.raises(InputError, match="accuracy"):
-        paired_difference([replace(items, correct=np.full(10, np.nan))], [items], metric="accuracy")
-
-
-def test_items_round_trip(tmp_path: Path) -> None:
-    items = replace(synthetic(np.random.default_rng(6), 4), correct=np.array([1.0, 0.0, np.nan, 1.0]))
-    write_items(tmp_path / "items.parquet", items)
-    back = read_items(tmp_path / "items.parquet")
-    assert back.ids == items.ids
-    np.testing.assert_array_equal(back.nll_sum, items.nll_sum)
-    np.testing.assert_array_equal(back.correct, items.correct)
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(InputError, match=r"bad\.parquet: not a table of item scores"):
-        read_items(tmp_path / "bad.parquet")
