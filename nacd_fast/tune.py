@@ -149,7 +149,8 @@ def run(folder: Path, model: ModelConfig, data: DataConfig, config: TuneConfig, 
     samples and prompts came from. seed draws the adapters and the order of samples. label is for the progress bar.
     """
     check_batch("the set to tune on", len(train_set), "tune.batch", config.batch)
-    check_batch("the validation split", len(validation), "at least", 1)
+    if not validation:
+        raise InputError("the validation split is empty: must have at least one sample, to choose the epoch by")
     per_epoch = math.ceil(len(train_set) / config.batch)
     if not (folder / "manifest.json").exists():  # bad input must be found before the folder is made
         base, tokenizer = load_model(model.path, model.dtype, model.device)
