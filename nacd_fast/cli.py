@@ -37,7 +37,7 @@ def make_parser(command: str) -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"nacd {command}", description=f"NACD data distillation: {HELP[command]}.", exit_on_error=False)
+    parser = ArgumentParser(prog=f"nacd {command}", description=f"NACD data distillation: {HELP[command]}.", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file, or a name from nacd_fast/recipes")
     parser.add_argument("--dry-run", dest="dry_run", action="store_true", help="print the resolved settings and the plan; write nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

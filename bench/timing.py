@@ -1,0 +1,107 @@
+"""What every bench shares: interleaved timing, one JSON row a figure, where and with what it was measured.
+
+A machine's speed drifts, so the contestants take turns in one process: round after round, each once. A ratio is the
+median over the rounds of the ratio within a round.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+FIELDS = ("bench", "case", "metric", "value", "unit", "peer", "threads", "device", "versions", "commit")
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the GPU's name, as it gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return f"CPU {names[0] if names else platform.processor()}"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit measured, with `+` where the working tree differs from it."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+class Rows:
+    """The figures of one bench; each is printed as it is found, `write` leaves them as a JSON list."""
+
+    def __init__(self, bench: str, device: torch.device):
+        self.bench, self.rows = bench, []  # type: str, list[dict[str, Any]]
+        self.where = {"threads": torch.get_num_threads(), "device": device_name(device), "versions": versions(), "commit": commit()}
+
+    def add(self, case: str, metric: str, value: float, unit: str, peer: str = "") -> None:
+        row = {"bench": self.bench, "case": case, "metric": metric, "value": value, "unit": unit, "peer": peer, **self.where}
+        self.rows.append({field: row[field] for field in FIELDS})
+        print(f"{case:44} {metric:28} {value:14.5g} {unit:8} {peer}", flush=True)
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round, after `warmup` rounds that are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_ in range(warmup + rounds):
+        for name, work in contestants.items():
+            wait(device)
+            start = time.perf_counter()
+            work()
+            wait(device)
+            if round_ >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def quantiles(seconds: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    ordered = sorted(seconds)
+    return ordered[round(0.2 * (len(ordered) - 1))], statistics.median(ordered), ordered[round(0.8 * (len(ordered) - 1))]
+
+
+def median_ratio(over: list[float], under: list[float]) -> float:
+    """Median over the rounds of over / under."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """--json FILE, --quick, --device: the same for every bench."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="file for the rows")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    return parser.parse_args()

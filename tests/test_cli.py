@@ -1,0 +1,154 @@
+"""The command line: settings, help, the plan, and what bad input gets: one sentence, status 2, nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from nacd_fast import cli
+from nacd_fast.config import RunConfig
+
+from tests.job import make_job
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def edited(recipe: Path, here: Path, find: str, put: str) -> str:
+    """The recipe with one piece replaced, as a new file outside the working folder's view of outputs."""
+    text = recipe.read_text()
+    assert find in text
+    path = here.parent / f"{here.name}.yaml"
+    path.write_text(text.replace(find, put))
+    return str(path)
+
+
+def data_with(recipe: Path, here: Path, lines: list[str]) -> str:
+    """The recipe on a training file of these lines."""
+    data = here.parent / f"{here.name}-data"
+    shutil.copytree(recipe.parent / "data", data)
+    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return edited(recipe, here, str(recipe.parent / "data"), str(data))
+
+
+def refused(arguments: list[str], here: Path, capsys: pytest.CaptureFixture) -> str:
+    """The one sentence on stderr of a command that must fail with status 2 and write nothing."""
+    before = sorted(here.rglob("*"))
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("nacd: ")]
+    assert len(lines) == 1 and "Traceback" not in captured.err
+    assert sorted(here.rglob("*")) == before
+    return lines[0]
+
+
+GOOD = json.dumps({"prompt": "why is it", "completion": "a dog"})
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ([GOOD, '{"prompt": "the", '], "line 2: malformed JSON"),
+    ([GOOD, GOOD, json.dumps({"prompt": "the", "completion": " "})], "line 3"),
+    ([GOOD, GOOD], "the full set has 2 samples, fewer than experts.batch=4"),
+    ([json.dumps({"question": "the"})], "line 1"),
+])
+def test_bad_data(recipe: Path, here: Path, capsys: pytest.CaptureFixture, lines: list[str], message: str) -> None:
+    assert message in refused(["distill", "--config", data_with(recipe, here, lines)], here, capsys)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--match.prompt_tokens", "0"], "match.prompt_tokens=0: must be at least 1"),
+    (["--match.max_start_epoch", "2"], "match.max_start_epoch=2 with a span of 2 steps reaches step 6, beyond the experts' last snapshot at 4"),
+    (["--match.prompt_tokens", "60"], "k=60 prompt tokens"),
+    (["--match.batch", "6"], "fewer than match.batch=6"),
+    (["--select.fraction", "0"], "select.fraction=0.0: must be in (0, 1]"),
+    (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--model.path", "nowhere"], "nowhere: "),
+    (["--model.targets", "[none]"], "has none of these linear layers"),
+    (["--match.inner_step", "3"], "inner_step"),
+    (["--match.inner_steps", "three"], "match.inner_steps"),
+    (["--experts.optimizer", "lion"], "experts.optimizer"),
+    (["--seeds", "[1, 1]"], "without repetition"),
+])
+def test_bad_settings(recipe: Path, here: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
+    assert message in refused(["distill", "--config", str(recipe), *arguments], here, capsys)
+
+
+def test_unknown_field_in_the_config(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "iteration" in refused(["distill", "--config", edited(recipe, here, "iterations: 6", "iteration: 6")], here, capsys)
+
+
+def test_unknown_recipe(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "no recipe of that name (recipes: " in refused(["distill", "--config", "nope"], here, capsys)
+
+
+def test_model_without_a_tokenizer(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    bare = here.parent / f"{here.name}-bare"
+    shutil.copytree(recipe.parent / "model", bare)
+    for path in bare.glob("token*"):
+        path.unlink()
+    assert f"{bare}: no tokenizer" in refused(["distill", "--config", str(recipe), "--model.path", str(bare)], here, capsys)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_state(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["experts", "--config", str(recipe), "--experts.lr", "1e30"]) == 2
+    error = capsys.readouterr().err
+    assert "nacd: step 2: loss nan" in error and "samples of the batch: x0-" in error
+    assert not (here / "run/experts/expert0/manifest.json").exists()
+    assert list((here / "run/experts/expert0/work").glob("checkpoint-1/adapter_model.safetensors"))
+
+
+def test_other_settings_in_a_finished_folder_are_refused(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["select", "--config", str(recipe)]) == 0
+    message = refused(["select", "--config", str(recipe), "--select.fraction", "0.5"], here, capsys)
+    assert "made with other settings (config.fraction=0.5, was 0.3)" in message
+
+
+def leaf_names(cls: type, prefix: str = "") -> list[str]:
+    found = []
+    for field in fields(cls):
+        if is_dataclass(field.type):
+            found += leaf_names(field.type, f"{prefix}{field.name}.")
+        else:
+            found.append(prefix + field.name)
+    return found
+
+
+def test_help_shows_every_field_with_its_meaning_and_default() -> None:
+    done = subprocess.run([sys.executable, "-m", "nacd_fast.distill", "--help"], capture_output=True, text=True, check=True)
+    text = " ".join(done.stdout.split())
+    for name in leaf_names(RunConfig):
+        assert f"--{name} " in text
+    assert "S, updates of the prompts. (type: int, default: 3000)" in text
+    assert "beta" in text and "default: 100.0" in text
+    assert text.count("(type: ") >= len(leaf_names(RunConfig))
+
+
+def test_importing_the_command_line_loads_no_torch() -> None:
+    code = "import sys, nacd_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_dry_run_prints_the_resolved_settings_and_the_plan(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["distill", "--config", str(recipe), "--match.inner_steps", "3", "--dry-run"]) == 0
+    settings, plan = capsys.readouterr().out.split("\n\n", 1)
+    assert yaml.safe_load(settings)["match"]["inner_steps"] == 3
+    assert "full set 16 samples, kept 5" in plan and "S = 6 iterations of N = 3 steps of 2 each" in plan
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["disti"]])
+def test_without_a_command_it_says_how_to_call_it(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(arguments) == 2
+    assert "usage: nacd COMMAND" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""The whole job on a tiny model: every artifact is there, reused, and opened by other tools as it is."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from nacd_fast import cli
+from nacd_fast.artifacts import read_json
+from nacd_fast.student import load_tokenizer
+from safetensors.torch import load_file
+
+from tests.job import make_job
+from tests.tiny import tree_digests
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run folder."""
+    folder = tmp_path_factory.mktemp("job")
+    recipe = make_job(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.main(["distill", "--config", str(recipe)]) == 0
+    return folder / "run"
+
+
+def test_scores_has_a_row_for_every_method_and_seed(job: Path) -> None:
+    scores = read_json(job / "scores.json")
+    assert {(s["row"], s["seed"]) for s in scores} == {
+        ("baseline", 0), ("transfer_baseline", 0),
+        *((row, seed) for row in ("full", "random", "nacd_embeddings", "nacd_decoded", "transfer_random", "transfer_nacd_decoded") for seed in (0, 1))}
+    for s in scores:
+        assert {"method", "fraction", "seed", "nll", "accuracy"} <= s.keys()
+        assert s["nll_interval"][0] <= s["nll"] <= s["nll_interval"][1] and 0 <= s["accuracy"] <= 1
+        assert s["fraction"] == {"baseline": 0.0, "full": 1.0}.get(s["method"], 5 / 16)
+
+
+def test_distilled_set_opens_with_datasets_and_matches_its_embeddings(job: Path) -> None:
+    for seed in (0, 1):
+        folder = job / "distilled" / f"seed{seed}"
+        table = datasets.load_dataset(str(folder), split="train", cache_dir=str(job.parent / "cache"))
+        prompts = load_file(folder / "prompts.safetensors")["prompts"]
+        assert table.column_names == ["id", "source", "messages", "prompt_ids", "prompt_text", "distance"]
+        assert prompts.shape == (len(table), 2, 32) and len(table) == 5
+        tokenizer = load_tokenizer("demo")
+        assert [tokenizer.decode(ids) for ids in table["prompt_ids"]] == list(table["prompt_text"])
+        special = set(tokenizer.all_special_ids)
+        assert not special & {i for ids in table["prompt_ids"] for i in ids}
+        assert [line for line in (job / "selection" / f"seed{seed}" / "ids.txt").read_text().split()] == list(table["id"])
+    card = (job / "distilled" / "seed0" / "README.md").read_text()
+    assert "| test | 5 |" in card
+
+
+def test_seeds_differ_and_experts_are_shared(job: Path) -> None:
+    prompts = [load_file(job / f"matching/seed{s}/prompts.safetensors")["prompts"] for s in (0, 1)]
+    assert not torch.equal(*prompts)
+    keys = [read_json(job / f"matching/seed{s}/config.json")["inputs"] for s in (0, 1)]
+    assert keys[0]["expert0"] == keys[1]["expert0"] != keys[0]["expert1"]
+
+
+def test_report_and_timing_are_there(job: Path) -> None:
+    assert "<html" in (job / "report.html").read_text() and (job / "report.md").read_text()
+    timing = read_json(job / "matching/seed0/timing.json")
+    assert timing["seconds"] > 0 and timing["peak_bytes"] > 2**20
+
+
+def test_a_second_run_reuses_everything(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nacd_fast import matching, training
+
+    monkeypatch.chdir(job.parent)
+    monkeypatch.setattr(matching, "prepare", None)
+    monkeypatch.setattr(training, "train", None)
+    stages = ("selection", "experts", "matching", "distilled", "tuned", "scores")
+    before = {stage: tree_digests(job / stage) for stage in stages}
+    assert cli.main(["distill", "--config", "recipe.yaml"]) == 0
+    assert {stage: tree_digests(job / stage) for stage in stages} == before
+
+
+def test_a_changed_sample_makes_a_stage_refuse_its_old_result(job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(job.parent)
+    path = job.parent / "data" / "train.jsonl"
+    text = path.read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    rows[0]["messages"][0]["content"] += " over"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        assert cli.main(["distill", "--config", "recipe.yaml"]) == 2
+    finally:
+        path.write_text(text)
+    assert "made with other settings (inputs.examples=" in capsys.readouterr().err

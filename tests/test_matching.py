@@ -1,0 +1,197 @@
+"""Algorithm 1 against a plain create_graph version of it; its guards; its resume."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from nacd_fast import experts, matching
+from nacd_fast.artifacts import file_digest
+from nacd_fast.config import DataConfig, ExpertConfig, MatchConfig, ModelConfig
+from nacd_fast.errors import InputError, NonFiniteError
+from nacd_fast.progress import Bar
+from nacd_fast.store import TrajectoryStore
+from safetensors.torch import load_file, save_file
+from tests.tiny import make_examples, make_model
+
+DATA = DataConfig()
+EXPERTS = ExpertConfig(epochs=2, batch=4, optimizer="sgd", lr=0.1, snapshot_steps=2, count=1)
+MATCH = MatchConfig(iterations=6, inner_steps=3, span_steps=2, max_start_epoch=1, batch=2, beta=0.3, alpha=0.1, save_every=2)
+FULL = make_examples(16)
+KEPT = FULL[:5]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return ModelConfig(path=make_model(tmp_path_factory.mktemp("model")), rank=2, lora_alpha=4.0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def expert(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return experts.run(tmp_path_factory.mktemp("expert") / "expert0", model, DATA, EXPERTS, FULL, 0)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: file_digest(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != "timing.json"}
+
+
+def test_one_iteration_is_algorithm_1(model: ModelConfig, expert: Path) -> None:
+    """Equations 1 to 4 written out with a retained graph, and torch.optim.Adam for the updates."""
+    matcher, _ = matching.prepare(model, DATA, MATCH, KEPT, [expert])
+    student = matcher.student
+    learned = matching.Learned.start(matching.first_prompts(MATCH, len(KEPT), student.embedding, torch.zeros(0), 0), MATCH.alpha, seed=4)
+    prompts = learned.prompts.clone().requires_grad_()
+    log_alpha = learned.log_alpha.clone().requires_grad_()
+    generator = torch.Generator().manual_seed(4)
+    chosen = matcher.segments[int(torch.randint(len(matcher.segments), (1,), generator=generator))]
+    drawn = matching.draw_batches(len(KEPT), MATCH.inner_steps, MATCH.batch, generator)
+
+    store = TrajectoryStore(expert / "trajectory")
+    start, target = student.flatten(store.read(chosen.start)), student.flatten(store.read(chosen.start + MATCH.span_steps))
+    theta, distance = start.clone().requires_grad_(), torch.zeros(())
+    for rows in drawn:
+        loss = student.loss(student.unflatten(theta), prompts[rows], *matcher.batch(rows))
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        theta = theta - log_alpha.exp() * gradient
+        table = student.embedding[~matcher.banned]
+        distance = distance + torch.cdist(prompts[rows].flatten(0, 1), table).min(-1).values.mean() / MATCH.inner_steps
+    distill = (theta - target).square().sum() / (start - target).square().sum()
+    (distill + MATCH.beta * distance).backward()
+    torch.optim.Adam([prompts], lr=MATCH.prompt_lr).step()
+    torch.optim.Adam([log_alpha], lr=MATCH.alpha_lr).step()
+
+    numbers = matcher.iterate(learned)
+    assert numbers["distill"] == pytest.approx(float(distill), rel=1e-5)
+    assert numbers["reg"] == pytest.approx(float(distance), rel=1e-4)
+    torch.testing.assert_close(learned.log_alpha, log_alpha.detach(), rtol=1e-5, atol=1e-6)
+    moved = drawn.unique()
+    torch.testing.assert_close(learned.prompts[moved], prompts.detach()[moved], rtol=1e-3, atol=1e-4)
+
+
+def test_only_drawn_prompts_move_and_each_counts_its_own_updates() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, grads = torch.randn(3, 2, generator=g), torch.randn(4, 2, generator=g)
+    ours, moments, counts = x.clone(), (torch.zeros(3, 2), torch.zeros(3, 2)), torch.zeros(3, dtype=torch.int64)
+    for step, row in enumerate([0, 2, 2, 0]):
+        rows = torch.tensor([row])
+        counts[rows] += 1
+        matching.adam_step(ours, grads[step : step + 1], moments, rows, counts[rows], 0.1)
+    for row, steps in ((0, [0, 3]), (2, [1, 2])):
+        alone = x[row].clone().requires_grad_()
+        optimizer = torch.optim.Adam([alone], lr=0.1)
+        for step in steps:
+            alone.grad = grads[step].clone()
+            optimizer.step()
+        torch.testing.assert_close(ours[row], alone.detach())
+    assert torch.equal(ours[1], x[1])
+
+
+def test_batches_repeat_no_sample_before_all_were_drawn() -> None:
+    drawn = matching.draw_batches(7, 6, 4, torch.Generator().manual_seed(0))
+    assert drawn.shape == (6, 4)
+    counts = drawn.flatten().bincount(minlength=7)
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("update", ["sgd", "momentum", "adamw"])
+def test_matching_lowers_the_distance(model: ModelConfig, expert: Path, tmp_path: Path, update: str) -> None:
+    config = replace(MATCH, iterations=40, beta=0.0, update=update, alpha=0.01 if update == "adamw" else 0.1, prompt_lr=0.02)
+    folder = matching.run(tmp_path / "match", model, DATA, config, KEPT, [expert], 0)
+    means = json.loads((folder / "summary.json").read_text())["means"]["distill"]
+    assert means["last"] < means["first"]
+    prompts = load_file(folder / "prompts.safetensors")["prompts"]
+    assert prompts.shape == (5, 2, 32) and prompts.isfinite().all() and prompts.std(0).min() > 0
+    assert len(json.loads((folder / "curve.json").read_text())) == 40
+
+
+def test_checkpointing_gives_the_same_curve(model: ModelConfig, expert: Path, tmp_path: Path) -> None:
+    curves = []
+    for checkpointing in (False, True):
+        folder = matching.run(tmp_path / str(checkpointing), model, DATA, replace(MATCH, checkpointing=checkpointing), KEPT, [expert], 0)
+        curves.append([row["loss"] for row in json.loads((folder / "curve.json").read_text())])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_resumes_to_the_same_bytes(model: ModelConfig, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    whole = hashes(matching.run(tmp_path / "whole", model, DATA, MATCH, KEPT, [expert], 0))
+    advance = Bar.advance
+
+    def stops(bar: Bar, *args: int, **numbers: float) -> None:
+        advance(bar, *args, **numbers)
+        if bar.done == stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Bar, "advance", stops)
+        matching.run(tmp_path / "cut", model, DATA, MATCH, KEPT, [expert], 0)
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    assert hashes(matching.run(tmp_path / "cut", model, DATA, MATCH, KEPT, [expert], 0)) == whole
+
+
+def test_alpha_is_held_at_its_limit(model: ModelConfig, expert: Path, tmp_path: Path) -> None:
+    config = replace(MATCH, alpha=0.05, alpha_max=0.051, alpha_lr=0.5, iterations=4)
+    folder = matching.run(tmp_path / "match", model, DATA, config, KEPT, [expert], 0)
+    alphas = [row["alpha"] for row in json.loads((folder / "curve.json").read_text())]
+    assert max(alphas) <= 0.051 * (1 + 1e-6) and min(alphas) < max(alphas)
+
+
+def test_non_finite_loss_names_iteration_step_and_samples_and_keeps_the_last_state(model: ModelConfig, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = matching.Matcher.iterate
+
+    def poisoned(matcher: matching.Matcher, learned: matching.Learned) -> dict[str, float]:
+        if len(learned.curve) == 3:
+            learned.prompts[:] = torch.nan
+        return iterate(matcher, learned)
+
+    monkeypatch.setattr(matching.Matcher, "iterate", poisoned)
+    with pytest.raises(NonFiniteError, match=r"iteration 3: inner step 0 of 3: the loss is nan \(samples x0-\d.*last good state"):
+        matching.run(tmp_path / "match", model, DATA, MATCH, KEPT, [expert], 0)
+    state = matching.Learned.load(tmp_path / "match" / "work" / "state.safetensors", torch.device("cpu"))
+    assert len(state.curve) == 2 and state.prompts.isfinite().all()
+    assert not (tmp_path / "match" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(span_steps=3), "match.span_steps=3: no two"),
+    (dict(max_start_epoch=3), "beyond the experts' last snapshot at 8"),
+    (dict(span_steps=100), "beyond the experts' last snapshot at 8"),
+])
+def test_starts_beyond_the_snapshots_are_named(change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        matching.check_starts(replace(MATCH, **change), EXPERTS, len(FULL))
+
+
+@pytest.mark.parametrize(("examples", "change", "message"), [
+    (KEPT[:1], {}, "fewer than match.batch=2"),
+    (KEPT, dict(prompt_tokens=60), "takes at most 64 in all"),
+    (KEPT, dict(span_steps=1), "match.span_steps=1"),
+])
+def test_bad_input_writes_nothing(model: ModelConfig, expert: Path, tmp_path: Path, examples: list, change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        matching.run(tmp_path / "match", model, DATA, replace(MATCH, **change), examples, [expert], 0)
+    assert not (tmp_path / "match").exists()
+
+
+def test_adapters_of_another_rank_are_refused(model: ModelConfig, expert: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="another rank"):
+        matching.run(tmp_path / "match", replace(model, rank=3), DATA, MATCH, KEPT, [expert], 0)
+
+
+def test_prompts_can_start_at_random_tokens(model: ModelConfig) -> None:
+    table = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    made = matching.first_prompts(replace(MATCH, prompt_init="tokens"), 50, table, torch.tensor([2, 5]), seed=0)
+    rows = {i for p in made.flatten(0, 1) for i in range(9) if torch.equal(p, table[i])}
+    assert rows == {2, 5}
+    assert torch.equal(matching.first_prompts(MATCH, 3, table, torch.zeros(0), 0)[1, 1], table.mean(0))
+
+
+def test_a_changed_trajectory_is_refused(model: ModelConfig, expert: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(expert, tmp_path / "expert")
+    path = sorted((copy / "trajectory").glob("*.safetensors"))[0]
+    save_file({name: t + 1 for name, t in load_file(path).items()}, path)
+    with pytest.raises(InputError, match="has SHA-256"):
+        matching.run(tmp_path / "match", model, DATA, MATCH, KEPT, [copy], 0)
