@@ -1,5 +1,5 @@
 # On a fresh machine two commands do all the set-up: `make demo` and `make test`.
-# Needs python3 (3.10 or later, with venv); a C++20 compiler for the native module, which is left out without one.
+# Needs python3 (3.11 or later, with venv); a C++20 compiler for the native module, which is left out without one.
 
 PYTHON ?= python3
 # Exact: a range takes the newest build, with gigabytes of CUDA packages.
