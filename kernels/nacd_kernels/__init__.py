@@ -13,6 +13,14 @@ from .norms import layer_norm, rms_norm
 from .twice import twice_differentiable
 
 __all__ = [
-    "flash_attention", "frozen_linear", "layer_norm", "linear_cross_entropy", "lora_linear", "nearest_embedding", "relu", "rms_norm", "silu_mul",
+    "flash_attention",
+    "frozen_linear",
+    "layer_norm",
+    "linear_cross_entropy",
+    "lora_linear",
+    "nearest_embedding",
+    "relu",
+    "rms_norm",
+    "silu_mul",
     "twice_differentiable",
 ]

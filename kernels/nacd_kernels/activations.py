@@ -41,7 +41,15 @@ def jvp(inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Tensor | None
     return add(None if gate_t is None else f1.mul_(up).mul_(gate_t), times(up_t, f)), ()
 
 
-def backward_jvp(inputs: tuple, stats: Tensors, tangents: Tensors, stats_t: Tensors, dy: Tensor, dy_t: Tensor | None, needs: tuple[bool, ...]) -> Tensors:
+def backward_jvp(
+    inputs: tuple,
+    stats: Tensors,
+    tangents: Tensors,
+    stats_t: Tensors,
+    dy: Tensor,
+    dy_t: Tensor | None,
+    needs: tuple[bool, ...],
+) -> Tensors:
     gate, up = inputs
     gate_t, up_t = tangents
     s, f, f1 = derivatives(gate)
@@ -74,8 +82,13 @@ def _relu_backward(inputs: tuple, stats: Tensors, dy: Tensor, needs: tuple[bool,
 _relu = twice_differentiable(
     forward=lambda x: (torch.relu(x), ()),
     backward=_relu_backward,
-    jvp=lambda inputs, stats, tangents: (None if tangents[0] is None else torch.where(inputs[0] > 0, tangents[0], 0), ()),
-    backward_jvp=lambda inputs, stats, tangents, stats_t, dy, dy_t, needs: (None,) if dy_t is None else _relu_backward(inputs, stats, dy_t, needs),
+    jvp=lambda inputs, stats, tangents: (
+        None if tangents[0] is None else torch.where(inputs[0] > 0, tangents[0], 0),
+        (),
+    ),
+    backward_jvp=lambda inputs, stats, tangents, stats_t, dy, dy_t, needs: (
+        (None,) if dy_t is None else _relu_backward(inputs, stats, dy_t, needs)
+    ),
     differentiable=1,
 )
 

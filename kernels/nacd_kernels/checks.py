@@ -19,7 +19,10 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_lora(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
-    check(w.ndim == 2 and x.shape[-1] == w.shape[1], f"x has {x.shape[-1]} features, w is {tuple(w.shape)}: must be [D_out, {x.shape[-1]}]")
+    check(
+        w.ndim == 2 and x.shape[-1] == w.shape[1],
+        f"x has {x.shape[-1]} features, w is {tuple(w.shape)}: must be [D_out, {x.shape[-1]}]",
+    )
     check_like("w", w, "x", x)
     check(a.ndim == 2 and a.shape[1] == w.shape[1], f"a is {tuple(a.shape)}: must be [R, {w.shape[1]}]")
     check(tuple(b.shape) == (w.shape[0], a.shape[0]), f"b is {tuple(b.shape)}: must be {(w.shape[0], a.shape[0])}")

@@ -10,8 +10,8 @@ S = c Q K^T (causal), P = exp(S - lse), mu = rowsum(P o S') (which is also the t
     dS' = P' o (dP - D) + P o (dP' - D')
     dQ' = c (dS' K + dS K')         dK' = c (dS'^T Q + dS^T Q')   dV' = P'^T dO + P^T dO'
 
-B batch, H query heads, G key heads (grouped: H a multiple of G), T tokens, d head width. This is the reference: blocks of
-query rows against the keys before them, on any device and in any float type.
+B batch, H query heads, G key heads (grouped: H a multiple of G), T tokens, d head width. This is the reference: blocks
+of query rows against the keys before them, on any device and in any float type.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import check, check_like
-from .twice import Tensors, add, matmul, times, twice_differentiable
+from .twice import Maybe, Tensors, add, matmul, times, twice_differentiable
 
 BLOCK = 256  # query rows at a time
 
@@ -35,7 +35,7 @@ class Blocks:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((i, min(i + BLOCK, self.T)) for i in range(0, self.T, BLOCK))
 
-    def cut(self, x: Tensor | None, i: int, j: int) -> Tensor | None:
+    def cut(self, x: Maybe, i: int, j: int) -> Maybe:
         """Rows i..j of x [B, H, T, e] as [B, G, ratio * (j - i), e]."""
         return None if x is None else x[:, :, i:j].reshape(self.B, self.G, self.ratio * (j - i), x.shape[-1])
 
@@ -87,7 +87,7 @@ def backward(inputs: tuple, stats: Tensors, do: Tensor, needs: tuple[bool, ...])
     return dq, dk, dv
 
 
-def score_tangent(blocks: Blocks, q: Tensor, k: Tensor, q_t: Tensor | None, k_t: Tensor | None, i: int, j: int, c: float) -> Tensor | None:
+def score_tangent(blocks: Blocks, q: Tensor, k: Tensor, q_t: Maybe, k_t: Maybe, i: int, j: int, c: float) -> Maybe:
     """S' of one block, or None."""
     s_t = None if q_t is None else (blocks.cut(q_t, i, j) * c) @ k[:, :, :j].mT
     return add(s_t, None if k_t is None else (blocks.cut(q, i, j) * c) @ k_t[:, :, :j].mT)
@@ -104,7 +104,7 @@ def jvp(inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Tensor | None
     for i, j in blocks:
         p = weights(blocks, q, k, lse, i, j, c)
         s_t = score_tangent(blocks, q, k, q_t, k_t, i, j, c)
-        out = None if v_t is None else p @ v_t[:, :, :j]
+        out: Maybe = None if v_t is None else p @ v_t[:, :, :j]
         if s_t is not None:
             ps = s_t.mul_(p)
             mu_b = ps.sum(-1, keepdim=True)
@@ -114,7 +114,15 @@ def jvp(inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Tensor | None
     return o_t, (o_t.clone(), mu)
 
 
-def backward_jvp(inputs: tuple, stats: Tensors, tangents: Tensors, stats_t: Tensors, do: Tensor, do_t: Tensor | None, needs: tuple[bool, ...]) -> Tensors:
+def backward_jvp(
+    inputs: tuple,
+    stats: Tensors,
+    tangents: Tensors,
+    stats_t: Tensors,
+    do: Tensor,
+    do_t: Tensor | None,
+    needs: tuple[bool, ...],
+) -> Tensors:
     q, k, v, c = inputs
     (o, lse), (o_t, mu) = stats, stats_t
     q_t, k_t, v_t = tangents
@@ -151,12 +159,19 @@ _op = twice_differentiable(forward, backward, jvp, backward_jvp, differentiable=
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Causal softmax(scale q k^T) v, twice differentiable in q, k and v.
 
-    q [B, H, T, d], k, v [B, G, T, d] with H a multiple of G (query head h reads key head h // (H/G)): one float dtype and
-    device. scale defaults to d^-1/2. Returns [B, H, T, d]. Raises ValueError on shapes, dtypes or devices that disagree.
+    q [B, H, T, d], k, v [B, G, T, d] with H a multiple of G (query head h reads key head h // (H/G)): one float dtype
+    and device. scale defaults to d^-1/2. Returns [B, H, T, d]. Raises ValueError on shapes, dtypes or devices that
+    disagree.
     """
-    check(q.ndim == 4 and k.shape == v.shape, f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be [B, H, T, d], and k and v alike")
+    check(
+        q.ndim == 4 and k.shape == v.shape,
+        f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be [B, H, T, d], and k and v alike",
+    )
     fits = k.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and q.shape[1] % k.shape[1] == 0
-    check(fits, f"k is {tuple(k.shape)}, q {tuple(q.shape)}: must agree but for the heads, of which q has a multiple of k's")
+    check(
+        fits,
+        f"k is {tuple(k.shape)}, q {tuple(q.shape)}: must agree but for the heads, of which q has a multiple of k's",
+    )
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
     return _op(q, k, v, float(q.shape[-1] ** -0.5 if scale is None else scale))

@@ -24,7 +24,15 @@ def jvp(inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Tensor | None
     return (None if x_t is None else torch.nn.functional.linear(x_t, inputs[1])), ()
 
 
-def backward_jvp(inputs: tuple, stats: Tensors, tangents: Tensors, stats_t: Tensors, dy: Tensor, dy_t: Tensor | None, needs: tuple[bool, ...]) -> Tensors:
+def backward_jvp(
+    inputs: tuple,
+    stats: Tensors,
+    tangents: Tensors,
+    stats_t: Tensors,
+    dy: Tensor,
+    dy_t: Tensor | None,
+    needs: tuple[bool, ...],
+) -> Tensors:
     return (None if dy_t is None else dy_t @ inputs[1],)
 
 
@@ -36,7 +44,10 @@ def frozen_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns [..., D_out]. Raises ValueError if shapes, dtypes or devices disagree.
     """
-    check(w.ndim == 2 and x.shape[-1] == w.shape[1], f"x has {x.shape[-1]} features, w is {tuple(w.shape)}: must be [D_out, {x.shape[-1]}]")
+    check(
+        w.ndim == 2 and x.shape[-1] == w.shape[1],
+        f"x has {x.shape[-1]} features, w is {tuple(w.shape)}: must be [D_out, {x.shape[-1]}]",
+    )
     check(bias is None or tuple(bias.shape) == (w.shape[0],), f"bias must be [{w.shape[0]}]")
     check_like("w", w, "x", x)
     check_frozen("w", w)

@@ -2,8 +2,8 @@
 
     loss = mean over supervised i of  logsumexp(W h_i) - (W h_i)[label_i]
 
-Only rows with label != -100 reach the vocabulary product, in chunks. As in Liger's fused_linear_cross_entropy the forward
-pass already forms the gradient u = (P - onehot) W / n of a unit cotangent; so
+Only rows with label != -100 reach the vocabulary product, in chunks. As in Liger's fused_linear_cross_entropy the
+forward pass already forms the gradient u = (P - onehot) W / n of a unit cotangent; so
 
     dh = dl u      loss' = <u, h'>      u'_i = (P o (z' - <P, z'>)) W / n,  z' = W h'_i      dh' = dl' u + dl u'
 
@@ -82,7 +82,15 @@ def jvp(inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Tensor | None
     return (unit * h_t).sum(dtype=wide(h).dtype), (unit_t,)
 
 
-def backward_jvp(inputs: tuple, stats: Tensors, tangents: Tensors, stats_t: Tensors, dy: Tensor, dy_t: Tensor | None, needs: tuple[bool, ...]) -> Tensors:
+def backward_jvp(
+    inputs: tuple,
+    stats: Tensors,
+    tangents: Tensors,
+    stats_t: Tensors,
+    dy: Tensor,
+    dy_t: Tensor | None,
+    needs: tuple[bool, ...],
+) -> Tensors:
     unit, unit_t = stats[0], stats_t[0]
     dx = add(times(unit, dy_t), times(unit_t, dy))
     return (None if dx is None else dx.to(unit.dtype),)
@@ -94,10 +102,13 @@ _op = twice_differentiable(forward, backward, jvp, backward_jvp, differentiable=
 def linear_cross_entropy(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of softmax(h W^T) against labels, over the rows whose label is not -100.
 
-    h [M, D], w [V, D] (frozen): one float dtype; labels [M] int64, already shifted (row i's own target). Returns a scalar,
-    float32 for 16-bit inputs, 0 if no row is supervised. Raises ValueError on shapes or dtypes that disagree.
+    h [M, D], w [V, D] (frozen): one float dtype; labels [M] int64, already shifted (row i's own target). Returns a
+    scalar, float32 for 16-bit inputs, 0 if no row is supervised. Raises ValueError on shapes or dtypes that disagree.
     """
-    check(h.ndim == 2 and w.ndim == 2 and h.shape[1] == w.shape[1], f"h is {tuple(h.shape)}, w {tuple(w.shape)}: must be [M, D] and [V, D]")
+    check(
+        h.ndim == 2 and w.ndim == 2 and h.shape[1] == w.shape[1],
+        f"h is {tuple(h.shape)}, w {tuple(w.shape)}: must be [M, D] and [V, D]",
+    )
     check(tuple(labels.shape) == (h.shape[0],), f"labels is {tuple(labels.shape)}: must be [{h.shape[0]}]")
     check_like("w", w, "h", h)
     check_frozen("w", w)

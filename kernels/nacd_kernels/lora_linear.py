@@ -59,7 +59,15 @@ def jvp(inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Tensor | None
     return (None if y_t is None else y_t.view(*x.shape[:-1], w.shape[0])), (h_t,)
 
 
-def backward_jvp(inputs: tuple, stats: Tensors, tangents: Tensors, stats_t: Tensors, dy: Tensor, dy_t: Tensor | None, needs: tuple[bool, ...]) -> Tensors:
+def backward_jvp(
+    inputs: tuple,
+    stats: Tensors,
+    tangents: Tensors,
+    stats_t: Tensors,
+    dy: Tensor,
+    dy_t: Tensor | None,
+    needs: tuple[bool, ...],
+) -> Tensors:
     x, a, b, w, _, scale = inputs
     (h,), (h_t,) = stats, stats_t
     x_t, a_t, b_t = tangents
@@ -76,7 +84,13 @@ def backward_jvp(inputs: tuple, stats: Tensors, tangents: Tensors, stats_t: Tens
             dx = low.mul_(scale).to(x.dtype) if dx is None else dx.add_(low.to(dx.dtype), alpha=scale)
         dx = None if dx is None else dx.view(x.shape)
     if needs[1]:
-        da = times(add(None if g_t is None else g_t.T @ rows(x).to(a.dtype), None if x_t is None else g.T @ rows(x_t).to(a.dtype)), scale)
+        da = times(
+            add(
+                None if g_t is None else g_t.T @ rows(x).to(a.dtype),
+                None if x_t is None else g.T @ rows(x_t).to(a.dtype),
+            ),
+            scale,
+        )
     if needs[2]:
         db = times(add(None if dya_t is None else dya_t.T @ h, None if h_t is None else dy2.T @ h_t), scale)
     return dx, da, db

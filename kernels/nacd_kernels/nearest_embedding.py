@@ -47,15 +47,21 @@ def nearest(p: Tensor, table: Tensor, norms: Tensor, banned: Tensor | None) -> T
 def nearest_embedding(p: Tensor, table: Tensor, *, banned: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Row of `table` nearest to each row of p by L2 distance, and that distance.
 
-    p [P, D], table [V, D]: float, one device; banned [V] bool marks rows never taken. Returns index [P] int64 (ties take
-    the lowest) and distance [P] in p's dtype, differentiable in p, with gradient 0 where the distance is 0. Raises
+    p [P, D], table [V, D]: float, one device; banned [V] bool marks rows never taken. Returns index [P] int64 (ties
+    take the lowest) and distance [P] in p's dtype, differentiable in p, with gradient 0 where the distance is 0. Raises
     ValueError on shapes or devices that disagree, on queries that are not finite and when every row is banned.
     """
-    check(p.ndim == 2 and table.ndim == 2 and p.shape[1] == table.shape[1], f"p is {tuple(p.shape)}, table {tuple(table.shape)}: must be [P, D] and [V, D]")
+    check(
+        p.ndim == 2 and table.ndim == 2 and p.shape[1] == table.shape[1],
+        f"p is {tuple(p.shape)}, table {tuple(table.shape)}: must be [P, D] and [V, D]",
+    )
     check(table.device == p.device, f"table is on {table.device}, p on {p.device}")
     check(bool(p.isfinite().all()), "p holds NaN or infinite values")
     if banned is not None:
-        check(banned.dtype == torch.bool and tuple(banned.shape) == (table.shape[0],), f"banned must be bool [{table.shape[0]}]")
+        check(
+            banned.dtype == torch.bool and tuple(banned.shape) == (table.shape[0],),
+            f"banned must be bool [{table.shape[0]}]",
+        )
     check(table.shape[0] > 0 and (banned is None or not bool(banned.all())), "every row of table is banned")
     with torch.no_grad():
         norms = torch.linalg.vecdot(table, table) if table.dtype == torch.float64 else table.float().square().sum(-1)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .checks import check, check_frozen
-from .twice import Tensors, add, times, twice_differentiable
+from .twice import Maybe, Tensors, times, twice_differentiable
 
 
-def wide(x: Tensor | None) -> Tensor | None:
+def wide(x: Maybe) -> Maybe:
     """float32 for 16-bit tensors."""
     return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -71,7 +71,15 @@ def jvp(inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Tensor | None
     return y_t.to(x.dtype), (n_t, along.mul_(r).mul_(r).neg_())
 
 
-def backward_jvp(inputs: tuple, stats: Tensors, tangents: Tensors, stats_t: Tensors, dy: Tensor, dy_t: Tensor | None, needs: tuple[bool, ...]) -> Tensors:
+def backward_jvp(
+    inputs: tuple,
+    stats: Tensors,
+    tangents: Tensors,
+    stats_t: Tensors,
+    dy: Tensor,
+    dy_t: Tensor | None,
+    needs: tuple[bool, ...],
+) -> Tensors:
     x, w, _, _, center = inputs
     (n, r), (n_t, r_t) = stats, stats_t
     g, g_t = (times(wide(t), wide(w)) if w is not None else wide(t) for t in (dy, dy_t))

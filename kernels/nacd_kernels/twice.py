@@ -25,14 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Tensors = tuple[Tensor | None, ...]
+Tensors = tuple[Any, ...]  # of Tensor or None
+Maybe = Any  # a Tensor or None. Any, because which of them come together is the op's knowledge, not a type checker's
 
 _bare_tangents: ContextVar[bool] = ContextVar("bare_tangents", default=False)
 
 
 @contextmanager
 def bare_tangents() -> Iterator[None]:
-    """In here the tangents carry no graph, not even one that refuses to be differentiated: less memory in a dual pass."""
+    """In here the tangents carry no graph, not even one that refuses to be differentiated.
+
+    That saves memory in a dual pass.
+    """
     token = _bare_tangents.set(True)
     try:
         yield
@@ -97,7 +101,10 @@ def twice_differentiable(
         def saved(ctx: Any) -> tuple[Tensor, tuple, tuple]:
             dy, *tensors = ctx.saved_tensors
             queue = iter(tensors)
-            rest = tuple(next(queue) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.constants, strict=True))
+            rest = tuple(
+                next(queue) if is_tensor else value
+                for is_tensor, value in zip(ctx.is_tensor, ctx.constants, strict=True)
+            )
             return dy, rest[: len(rest) - ctx.n_stats], rest[len(rest) - ctx.n_stats :]
 
         @staticmethod
@@ -122,7 +129,10 @@ def twice_differentiable(
             return (results[0], None, None, *results[1:], *(None for _ in range(len(ctx.is_tensor) - differentiable)))
 
     class Forward(torch.autograd.Function):
-        """inputs -> (y, *stats). The stats are outputs so that their tangents travel with them; they get no gradient."""
+        """inputs -> (y, *stats).
+
+        The stats are outputs so that their tangents travel with them; they get no gradient.
+        """
 
         @staticmethod
         def forward(*inputs: Any) -> Tensors:
@@ -143,7 +153,10 @@ def twice_differentiable(
         def saved(ctx: Any) -> tuple[tuple, tuple]:
             tensors = ctx.saved_tensors
             queue = iter(tensors)
-            inputs = tuple(next(queue) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.constants, strict=True))
+            inputs = tuple(
+                next(queue) if is_tensor else value
+                for is_tensor, value in zip(ctx.is_tensor, ctx.constants, strict=True)
+            )
             return inputs, tuple(tensors[len(tensors) - ctx.n_stats :])
 
         @staticmethod
@@ -168,20 +181,20 @@ def twice_differentiable(
     return lambda *inputs: Forward.apply(*inputs)[0]
 
 
-def add(*terms: Tensor | None) -> Tensor | None:
+def add(*terms: Maybe) -> Maybe:
     """Sum of the terms, None counting as zero; None if all are."""
-    total = None
+    total: Maybe = None
     for term in terms:
         if term is not None:
             total = term if total is None else total + term
     return total
 
 
-def times(a: Tensor | None, b: Tensor | float | None) -> Tensor | None:
+def times(a: Maybe, b: Maybe | float) -> Maybe:
     """Elementwise product, None if either is."""
     return None if a is None or b is None else a * b
 
 
-def matmul(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def matmul(a: Maybe, b: Maybe) -> Maybe:
     """Matrix product, None if either is."""
     return None if a is None or b is None else a @ b

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nacd_kernels import nearest_embedding
 from torch import Tensor
+
+from nacd_kernels import nearest_embedding
 
 
 def brute_force(p: Tensor, table: Tensor, banned: Tensor | None = None) -> Tensor:
@@ -15,8 +16,12 @@ def brute_force(p: Tensor, table: Tensor, banned: Tensor | None = None) -> Tenso
     return (squares if banned is None else squares.masked_fill(banned, torch.inf)).argmin(-1)
 
 
-@given(seed=st.integers(0, 2**31), offset=st.sampled_from([0.0, 1.0, 1e3, 1e5]), spread=st.sampled_from([0.0, 1e-6, 1e-3, 1.0]),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+@given(
+    seed=st.integers(0, 2**31),
+    offset=st.sampled_from([0.0, 1.0, 1e3, 1e5]),
+    spread=st.sampled_from([0.0, 1e-6, 1e-3, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
 @settings(max_examples=80, deadline=None)
 def test_index_equals_float64_brute_force(seed: int, offset: float, spread: float, dtype: torch.dtype) -> None:
     """Tables of near-ties and duplicates far from the origin, where float32 scores cancel."""
@@ -54,12 +59,15 @@ def test_distance_is_differentiable_twice_and_flat_at_a_row() -> None:
     assert not grad.any()
 
 
-@pytest.mark.parametrize(("p", "table", "banned", "message"), [
-    (torch.zeros(2, 3), torch.zeros(4, 2), None, r"must be \[P, D\] and \[V, D\]"),
-    (torch.tensor([[torch.nan, 0.0]]), torch.zeros(4, 2), None, "NaN"),
-    (torch.zeros(1, 2), torch.zeros(4, 2), torch.ones(4, dtype=torch.bool), "every row"),
-    (torch.zeros(1, 2), torch.zeros(4, 2), torch.ones(3, dtype=torch.bool), r"bool \[4\]"),
-])
+@pytest.mark.parametrize(
+    ("p", "table", "banned", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(4, 2), None, r"must be \[P, D\] and \[V, D\]"),
+        (torch.tensor([[torch.nan, 0.0]]), torch.zeros(4, 2), None, "NaN"),
+        (torch.zeros(1, 2), torch.zeros(4, 2), torch.ones(4, dtype=torch.bool), "every row"),
+        (torch.zeros(1, 2), torch.zeros(4, 2), torch.ones(3, dtype=torch.bool), r"bool \[4\]"),
+    ],
+)
 def test_bad_arguments_are_named(p: Tensor, table: Tensor, banned: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nearest_embedding(p, table, banned=banned)
