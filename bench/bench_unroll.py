@@ -4,8 +4,9 @@
     create_graph    the retained graph of all N steps, on transformers' own model with eager attention (MTT's way)
     plain           one LoRA training step: the faster of peft on transformers with SDPA, and our ops
 
-All three compute on the same weights and batches; the two hypergradients are compared before anything is timed. The model
-is an OPT of width 512 and 8 layers on 4 x 128 tokens, the last half of each sample supervised. The limit is 3.0 (DESIGN).
+All three compute on the same weights and batches; the two hypergradients are compared before anything is timed. The
+model is an OPT of width 512 and 8 layers on 4 x 128 tokens, the last half of each sample supervised. The limit is 3.0
+(DESIGN).
 """
 
 import json
@@ -38,7 +39,9 @@ class Problem:
         size = dict(QUICK if quick else FULL)
         tokens = size.pop("tokens")
         torch.manual_seed(0)
-        model = OPTForCausalLM(OPTConfig(**size, word_embed_proj_dim=size["hidden_size"], dropout=0.0, activation_function="gelu"))
+        model = OPTForCausalLM(
+            OPTConfig(**size, word_embed_proj_dim=size["hidden_size"], dropout=0.0, activation_function="gelu")
+        )
         model = model.to(device).eval().requires_grad_(False)
         self.peft: PeftModel = add_lora(model, ModelConfig(rank=16, lora_alpha=32.0), seed=0)
         self.base = self.peft.get_base_model()
@@ -59,7 +62,9 @@ class Problem:
         """transformers' forward and loss, with the adapters passed in."""
         x = torch.cat([prompts, self.base.get_input_embeddings()(self.ids)], 1)
         labels = torch.nn.functional.pad(self.labels, (PROMPT, 0), value=-100)
-        return torch.func.functional_call(self.peft, theta, kwargs={"inputs_embeds": x, "labels": labels, "use_cache": False}).loss
+        return torch.func.functional_call(
+            self.peft, theta, kwargs={"inputs_embeds": x, "labels": labels, "use_cache": False}
+        ).loss
 
     def plain_step(self, loss_of: Callable) -> dict[str, Tensor]:
         theta = {name: t.detach().requires_grad_() for name, t in self.theta.items()}
@@ -68,7 +73,10 @@ class Problem:
 
     def hypergradient(self, steps: int, flat: bool) -> list[Tensor]:
         """d |theta_N|^2 / d (prompts, alpha)."""
-        prompts, alpha = self.prompts.clone().requires_grad_(), torch.tensor(ALPHA, device=self.prompts.device, requires_grad=True)
+        prompts, alpha = (
+            self.prompts.clone().requires_grad_(),
+            torch.tensor(ALPHA, device=self.prompts.device, requires_grad=True),
+        )
         if flat:
             theta = unrolled_sgd(self.our_loss, self.theta, alpha, [prompts] * steps)
         else:
@@ -99,7 +107,9 @@ def main() -> None:
 
     ours, theirs = Problem(args.quick, device, patched=True), Problem(args.quick, device, patched=False)
     theirs.base.set_attn_implementation("eager")
-    for name, a, b in zip(("prompts", "alpha"), ours.hypergradient(2, flat=True), theirs.hypergradient(2, flat=False), strict=True):
+    for name, a, b in zip(
+        ("prompts", "alpha"), ours.hypergradient(2, flat=True), theirs.hypergradient(2, flat=False), strict=True
+    ):
         rows.add(f"{case} N2 d/d{name}", "relative_error", float((a - b).norm() / b.norm()), "1", "create_graph")
 
     def their_plain_step() -> None:
@@ -116,10 +126,18 @@ def main() -> None:
     seconds = interleaved(contestants, 3 if args.quick else ROUNDS, device)
     for name, times in seconds.items():
         for quantile, value in zip(("p20", "p50", "p80"), quantiles(times), strict=True):
-            rows.add(f"{case} {name}", f"ms_{quantile}", 1e3 * value, "ms", "" if name in ("flat", "plain, our ops") else "transformers")
+            rows.add(
+                f"{case} {name}",
+                f"ms_{quantile}",
+                1e3 * value,
+                "ms",
+                "" if name in ("flat", "plain, our ops") else "transformers",
+            )
     plain = [STEPS * min(pair) for pair in zip(seconds["plain, peft and sdpa"], seconds["plain, our ops"], strict=True)]
     rows.add(f"{case} N{STEPS}", "flat_over_plain", median_ratio(seconds["flat"], plain), "x", "")
-    rows.add(f"{case} N{STEPS}", "create_graph_over_plain", median_ratio(seconds["create_graph"], plain), "x", "create_graph")
+    rows.add(
+        f"{case} N{STEPS}", "create_graph_over_plain", median_ratio(seconds["create_graph"], plain), "x", "create_graph"
+    )
 
     size = sum(t.numel() * t.element_size() for t in ours.theta.values())
     rows.add(case, "theta_bytes", size, "B")

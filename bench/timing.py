@@ -44,8 +44,16 @@ def commit() -> str:
     """The commit measured, with `+` where the working tree differs from it."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True).stdout
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed else "")
@@ -55,11 +63,25 @@ class Rows:
     """The figures of one bench; each is printed as it is found, `write` leaves them as a JSON list."""
 
     def __init__(self, bench: str, device: torch.device):
-        self.bench, self.rows = bench, []  # type: str, list[dict[str, Any]]
-        self.where = {"threads": torch.get_num_threads(), "device": device_name(device), "versions": versions(), "commit": commit()}
+        self.bench = bench
+        self.rows: list[dict[str, Any]] = []
+        self.where = {
+            "threads": torch.get_num_threads(),
+            "device": device_name(device),
+            "versions": versions(),
+            "commit": commit(),
+        }
 
     def add(self, case: str, metric: str, value: float, unit: str, peer: str = "") -> None:
-        row = {"bench": self.bench, "case": case, "metric": metric, "value": value, "unit": unit, "peer": peer, **self.where}
+        row = {
+            "bench": self.bench,
+            "case": case,
+            "metric": metric,
+            "value": value,
+            "unit": unit,
+            "peer": peer,
+            **self.where,
+        }
         self.rows.append({field: row[field] for field in FIELDS})
         print(f"{case:44} {metric:28} {value:14.5g} {unit:8} {peer}", flush=True)
 
@@ -73,7 +95,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
+) -> dict[str, list[float]]:
     """Seconds of every contestant in every round, after `warmup` rounds that are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for round_ in range(warmup + rounds):
@@ -90,7 +114,11 @@ def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int, de
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
     """p20, p50, p80."""
     ordered = sorted(seconds)
-    return ordered[round(0.2 * (len(ordered) - 1))], statistics.median(ordered), ordered[round(0.8 * (len(ordered) - 1))]
+    return (
+        ordered[round(0.2 * (len(ordered) - 1))],
+        statistics.median(ordered),
+        ordered[round(0.8 * (len(ordered) - 1))],
+    )
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:

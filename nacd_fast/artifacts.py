@@ -127,7 +127,9 @@ def open_stage(folder: Path, config: Mapping[str, Any], inputs: Mapping[str, str
     if (folder / "config.json").exists():
         difference = first_difference(read_json(folder / "config.json"), key)
         if difference:
-            raise InputError(f"{folder}: made with other settings ({difference}); take another --out or delete the folder")
+            raise InputError(
+                f"{folder}: made with other settings ({difference}); take another --out or delete the folder"
+            )
     else:
         write_json(folder / "config.json", key)
     if stage.finished:
@@ -139,9 +141,18 @@ def open_stage(folder: Path, config: Mapping[str, Any], inputs: Mapping[str, str
     try:
         yield stage
     finally:
-        previous = read_json(folder / "timing.json") if (folder / "timing.json").exists() else {"seconds": 0.0, "peak_bytes": 0}
-        write_json(folder / "timing.json", {"seconds": round(previous["seconds"] + time.monotonic() - start, 3),
-                                            "peak_bytes": max(previous["peak_bytes"], peak_bytes())})
+        previous = (
+            read_json(folder / "timing.json")
+            if (folder / "timing.json").exists()
+            else {"seconds": 0.0, "peak_bytes": 0}
+        )
+        write_json(
+            folder / "timing.json",
+            {
+                "seconds": round(previous["seconds"] + time.monotonic() - start, 3),
+                "peak_bytes": max(previous["peak_bytes"], peak_bytes()),
+            },
+        )
     shutil.rmtree(stage.work)
     digests = {str(p.relative_to(folder)): file_digest(p) for p in stage.outputs()}
     write_json(folder / "manifest.json", {"outputs": digests})

@@ -1,10 +1,10 @@
-"""The `nacd` command. `nacd distill` is the whole job; `nacd <stage>` does it up to that stage; `nacd report` renders anew.
+"""The `nacd` command: `nacd distill` is the whole job, `nacd <stage>` does it up to that stage.
 
     nacd distill --config demo --match.inner_steps 12     # a recipe (a file, or a name from recipes/) and overrides
     nacd match --config my.yaml --dry-run                 # what would be done
 
-Flags are generated from the fields of config.py. Bad input is one sentence on stderr and exit status 2; --debug shows the
-traceback. Ctrl-C exits with 130, and the same command goes on where it stopped.
+`nacd report` renders anew. Flags are generated from the fields of config.py. Bad input is one sentence on stderr and
+exit status 2; --debug shows the traceback. Ctrl-C exits with 130, and the same command goes on where it stopped.
 """
 
 import argparse
@@ -18,9 +18,14 @@ from .errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 HELP = {
-    "distill": "the whole job", "select": "the kept samples", "experts": "up to the expert trajectories",
-    "match": "up to the learned prompts (Algorithm 1)", "decode": "up to the distilled set", "tune": "up to the tuned models",
-    "evaluate": "up to the scores", "report": "up to the report",
+    "distill": "the whole job",
+    "select": "the kept samples",
+    "experts": "up to the expert trajectories",
+    "match": "up to the learned prompts (Algorithm 1)",
+    "decode": "up to the distilled set",
+    "tune": "up to the tuned models",
+    "evaluate": "up to the scores",
+    "report": "up to the report",
 }
 
 
@@ -34,12 +39,19 @@ def recipe(name: str) -> str:
 
 
 def make_parser(command: str) -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"nacd {command}", description=f"NACD data distillation: {HELP[command]}.", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file, or a name from nacd_fast/recipes")
-    parser.add_argument("--dry-run", dest="dry_run", action="store_true", help="print the resolved settings and the plan; write nothing")
+    parser = ArgumentParser(
+        prog=f"nacd {command}",
+        description=f"NACD data distillation: {HELP[command]}.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="recipe: a YAML file, or a name from nacd_fast/recipes")
+    parser.add_argument(
+        "--dry-run", dest="dry_run", action="store_true", help="print the resolved settings and the plan; write nothing"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_class_arguments(RunConfig, None)
     return parser
@@ -79,7 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] not in HELP:
         wants_help = bool(given) and given[0] in ("-h", "--help")
         lines = [f"  {name:9} {text}" for name, text in HELP.items()]
-        print("\n".join(["usage: nacd COMMAND [--config RECIPE] [--help] ...", *lines]), file=sys.stdout if wants_help else sys.stderr)
+        print(
+            "\n".join(["usage: nacd COMMAND [--config RECIPE] [--help] ...", *lines]),
+            file=sys.stdout if wants_help else sys.stderr,
+        )
         return 0 if wants_help else 2
     debug = "--debug" in given
     try:

@@ -71,7 +71,9 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.fraction <= 1, "select.fraction", self.fraction, "in (0, 1]")
-        require((self.method == "ids") == bool(self.ids), "select.ids", self.ids, "given with method `ids` and only then")
+        require(
+            (self.method == "ids") == bool(self.ids), "select.ids", self.ids, "given with method `ids` and only then"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import datasets
 import torch
-from nacd_kernels import nearest_embedding
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from nacd_kernels import nearest_embedding
 
 from .artifacts import folder_digest, open_stage, write_atomic
 from .config import ModelConfig
@@ -57,15 +58,21 @@ def banned_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
     return banned
 
 
-def decode_prompts(prompts: Tensor, table: Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor, list[str]]:
+def decode_prompts(
+    prompts: Tensor, table: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor, list[str]]:
     """Nearest token ids [n, k], their distances [n, k], and each prompt's text. prompts [n, k, D], table [V, D]."""
     n, k, width = prompts.shape
     if width != table.shape[1]:
-        raise InputError(f"the prompts have width {width}, the model's embeddings {table.shape[1]}: they were made for another model")
+        raise InputError(
+            f"the prompts have width {width}, the model's embeddings {table.shape[1]}: they were made for another model"
+        )
     banned = banned_ids(tokenizer, table.shape[0]).to(table.device)
     index, distance = nearest_embedding(prompts.to(table.device).reshape(n * k, width), table, banned=banned)
     index = index.view(n, k).cpu()
-    texts = [tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in index.tolist()]
+    texts = [
+        tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in index.tolist()
+    ]
     return index, distance.view(n, k).cpu(), texts
 
 
@@ -87,14 +94,26 @@ def run(folder: Path, model: ModelConfig, examples: Sequence[Example], matched: 
             return folder
         base, tokenizer = load_model(model.path, model.dtype, model.device)
         ids, distances, texts = decode_prompts(prompts, base.get_input_embeddings().weight.detach(), tokenizer)
-        table = datasets.Dataset.from_list([
-            {"id": e.id, "source": e.source, "messages": list(e.messages), "prompt_ids": i, "prompt_text": t, "distance": d}
-            for e, i, t, d in zip(examples, ids.tolist(), texts, distances.tolist(), strict=True)])
+        table = datasets.Dataset.from_list(
+            [
+                {
+                    "id": e.id,
+                    "source": e.source,
+                    "messages": list(e.messages),
+                    "prompt_ids": i,
+                    "prompt_text": t,
+                    "distance": d,
+                }
+                for e, i, t, d in zip(examples, ids.tolist(), texts, distances.tolist(), strict=True)
+            ]
+        )
         part = stage.work / "dataset.parquet"
         table.to_parquet(part)
         write_atomic(folder / "dataset.parquet", part.read_bytes())
         write_atomic(folder / "prompts.safetensors", save({"prompts": prompts.contiguous()}))
         sources = "\n".join(f"| {name} | {count} |" for name, count in count_sources(examples).items())
-        card = CARD.format(n=len(prompts), k=prompts.shape[1], width=prompts.shape[2], model=model.path, sources=sources)
+        card = CARD.format(
+            n=len(prompts), k=prompts.shape[1], width=prompts.shape[2], model=model.path, sources=sources
+        )
         write_atomic(folder / "README.md", card.encode())
     return folder

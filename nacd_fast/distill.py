@@ -36,7 +36,7 @@ class Row:
     """One line of the comparison: what is trained, and what it is trained on."""
 
     name: str
-    transfer: bool = False    # on the transfer model
+    transfer: bool = False  # on the transfer model
     train: str | None = None  # None: the base as it is; "full" or "kept" samples
     prompts: str | None = None  # "embeddings" or "decoded", in front of the kept samples
 
@@ -55,6 +55,7 @@ ROWS = (
 
 def to_yaml(config: RunConfig) -> str:
     """The settings as a recipe file."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
@@ -68,14 +69,22 @@ class Job:
 
     def __init__(self, config: RunConfig):
         self.config, self.out = config, Path(config.out)
-        self.full, self.validation, self.test = (read_set(source, split) for source, split in (
-            (config.data.train, "train"), (config.data.validation, "validation"), (config.data.test, "test")))
+        self.full, self.validation, self.test = (
+            read_set(source, split)
+            for source, split in (
+                (config.data.train, "train"),
+                (config.data.validation, "validation"),
+                (config.data.test, "test"),
+            )
+        )
         self.rows = [row for row in ROWS if config.transfer or not row.transfer]
         self.kept: dict[int, list[Example]] = {}
 
     def cells(self) -> list[tuple[Row, int]]:
         """Rows and seeds; an untrained model has no seed but the first."""
-        return [(row, seed) for row in self.rows for seed in (self.config.seeds if row.train else self.config.seeds[:1])]
+        return [
+            (row, seed) for row in self.rows for seed in (self.config.seeds if row.train else self.config.seeds[:1])
+        ]
 
     def folder(self, stage: str, seed: int, row: str = "") -> Path:
         return self.out / stage / row / f"seed{seed}"
@@ -97,12 +106,21 @@ class Job:
 
     def match(self) -> None:
         for seed in self.config.seeds:
-            matching.run(self.folder("matching", seed), self.config.model, self.config.data, self.config.match, self.kept[seed],
-                         self.expert_folders(), seed)
+            matching.run(
+                self.folder("matching", seed),
+                self.config.model,
+                self.config.data,
+                self.config.match,
+                self.kept[seed],
+                self.expert_folders(),
+                seed,
+            )
 
     def decode(self) -> None:
         for seed in self.config.seeds:
-            decode.run(self.folder("distilled", seed), self.config.model, self.kept[seed], self.folder("matching", seed))
+            decode.run(
+                self.folder("distilled", seed), self.config.model, self.kept[seed], self.folder("matching", seed)
+            )
 
     def tune(self) -> None:
         for row, seed in self.cells():
@@ -111,20 +129,44 @@ class Job:
             full = row.train == "full"
             distilled = self.folder("distilled", seed)
             prompts = None if row.prompts is None else decode.read_prompts(distilled, decoded=row.prompts == "decoded")
-            tune.run(self.folder("tuned", seed, row.name), self.model(row), self.config.data, self.config.tune,
-                     self.full if full else self.kept[seed], self.validation, seed,
-                     epochs=self.config.tune.full_epochs if full else self.config.tune.epochs, prompts=prompts,
-                     inputs={} if row.prompts is None else {"distilled": folder_digest(distilled)}, label=f"{row.name}, seed {seed}")
+            tune.run(
+                self.folder("tuned", seed, row.name),
+                self.model(row),
+                self.config.data,
+                self.config.tune,
+                self.full if full else self.kept[seed],
+                self.validation,
+                seed,
+                epochs=self.config.tune.full_epochs if full else self.config.tune.epochs,
+                prompts=prompts,
+                inputs={} if row.prompts is None else {"distilled": folder_digest(distilled)},
+                label=f"{row.name}, seed {seed}",
+            )
 
     def evaluate(self) -> None:
         scores = []
         for row, seed in self.cells():
             adapter = self.folder("tuned", seed, row.name) / "adapter" if row.train else None
-            found = evaluate.run(self.folder("scores", seed, row.name), self.model(row), self.config.data, self.config.evaluate,
-                                 self.test, adapter, f"score {row.name}, seed {seed}")
+            found = evaluate.run(
+                self.folder("scores", seed, row.name),
+                self.model(row),
+                self.config.data,
+                self.config.evaluate,
+                self.test,
+                adapter,
+                f"score {row.name}, seed {seed}",
+            )
             fraction = {"full": 1.0, "kept": len(self.kept[seed]) / len(self.full), None: 0.0}[row.train]
-            scores.append({"row": row.name, "method": row.name.removeprefix("transfer_"), "model": self.model(row).path,
-                           "fraction": fraction, "seed": seed, **found})
+            scores.append(
+                {
+                    "row": row.name,
+                    "method": row.name.removeprefix("transfer_"),
+                    "model": self.model(row).path,
+                    "fraction": fraction,
+                    "seed": seed,
+                    **found,
+                }
+            )
         write_json(self.out / "scores.json", scores)
 
     def report(self) -> None:
@@ -136,7 +178,12 @@ class Job:
 
         kept = max(1, round(self.config.select.fraction * len(self.full)))
         check_batch("the full set", len(self.full), "experts.batch", self.config.experts.batch)
-        check_batch(f"the kept set (select.fraction={self.config.select.fraction} of {len(self.full)})", kept, "match.batch", self.config.match.batch)
+        check_batch(
+            f"the kept set (select.fraction={self.config.select.fraction} of {len(self.full)})",
+            kept,
+            "match.batch",
+            self.config.match.batch,
+        )
         check_batch("the kept set", kept, "tune.batch", self.config.tune.batch)
         matching.check_starts(self.config.match, self.config.experts, len(self.full))
         matching.check_model(self.config.model, self.config.data, self.config.match, self.full)
@@ -144,22 +191,32 @@ class Job:
     def plan(self) -> str:
         """What is finished, what resumes and what is to do, by stage."""
         folders = {
-            "select": [self.folder("selection", s) for s in self.config.seeds], "experts": self.expert_folders(),
-            "match": [self.folder("matching", s) for s in self.config.seeds], "decode": [self.folder("distilled", s) for s in self.config.seeds],
+            "select": [self.folder("selection", s) for s in self.config.seeds],
+            "experts": self.expert_folders(),
+            "match": [self.folder("matching", s) for s in self.config.seeds],
+            "decode": [self.folder("distilled", s) for s in self.config.seeds],
             "tune": [self.folder("tuned", s, row.name) for row, s in self.cells() if row.train],
             "evaluate": [self.folder("scores", s, row.name) for row, s in self.cells()],
         }
         config, n, kept = self.config, len(self.full), max(1, round(self.config.select.fraction * len(self.full)))
-        lines = [f"full set {n} samples, kept {kept}, validation {len(self.validation)}, test {len(self.test)}; out {self.out}"]
+        lines = [
+            f"full set {n} samples, kept {kept}, validation {len(self.validation)}, test {len(self.test)}; "
+            f"out {self.out}"
+        ]
         per_epoch = -(-n // config.experts.batch)
         steps = min(per_epoch * config.experts.epochs, config.experts.max_steps or sys.maxsize)
-        work = {"experts": f"{steps} steps of {config.experts.batch} each",
-                "match": f"S = {config.match.iterations} iterations of N = {config.match.inner_steps} steps of {config.match.batch} each"}
+        work = {
+            "experts": f"{steps} steps of {config.experts.batch} each",
+            "match": f"S = {config.match.iterations} iterations "
+            f"of N = {config.match.inner_steps} steps of {config.match.batch} each",
+        }
         for stage, where in folders.items():
             done = sum((folder / "manifest.json").exists() for folder in where)
             begun = sum((folder / "work").exists() for folder in where)
-            lines.append(f"{stage:9} {len(where):3} cells: {done} finished, {begun} to resume, {len(where) - done - begun} to do"
-                         + (f"; {work[stage]}" if stage in work else ""))
+            lines.append(
+                f"{stage:9} {len(where):3} cells: {done} finished, {begun} to resume, {len(where) - done - begun} to do"
+                + (f"; {work[stage]}" if stage in work else "")
+            )
         return "\n".join(lines)
 
 

@@ -84,7 +84,7 @@ def plan_rows(test: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data:
 
 def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model, with the adapters injected in it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def has_plain_head(model: PreTrainedModel, ids: Tensor) -> bool:

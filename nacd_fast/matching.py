@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nacd_kernels import nearest_embedding
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from nacd_kernels import nearest_embedding
+
 from .artifacts import folder_digest, open_stage, read_json, write_atomic, write_json
 from .config import DataConfig, ExpertConfig, MatchConfig, ModelConfig
-from .data import Example, collate, digest, encode_set
+from .data import Encoded, Example, collate, digest, encode_set
 from .decode import banned_ids
 from .errors import InputError, NonFiniteError
 from .progress import progress_bar
@@ -57,12 +58,18 @@ def check_starts(config: MatchConfig, experts: ExpertConfig, samples: int) -> No
     span = config.span_steps or per_epoch
     reach = (config.max_start_epoch - 1) * per_epoch + span
     if reach > last:
-        raise InputError(f"match.max_start_epoch={config.max_start_epoch} with a span of {span} steps reaches step {reach}, beyond the "
-                         f"experts' last snapshot at {last}: train the experts longer or lower it")
-    steps = {n for n in range(last + 1) if n % per_epoch == 0 or (experts.snapshot_steps and n % experts.snapshot_steps == 0)}
+        raise InputError(
+            f"match.max_start_epoch={config.max_start_epoch} with a span of {span} steps reaches step {reach}, "
+            f"beyond the experts' last snapshot at {last}: train the experts longer or lower it"
+        )
+    steps = {
+        n for n in range(last + 1) if n % per_epoch == 0 or (experts.snapshot_steps and n % experts.snapshot_steps == 0)
+    }
     if not any(t + span in steps for t in steps if t < config.max_start_epoch * per_epoch):
-        raise InputError(f"match.span_steps={config.span_steps}: no two of the experts' snapshots are so many steps apart; "
-                         f"set experts.snapshot_steps={experts.snapshot_steps} to a divisor of it")
+        raise InputError(
+            f"match.span_steps={config.span_steps}: no two of the experts' snapshots are so many steps apart; "
+            f"set experts.snapshot_steps={experts.snapshot_steps} to a divisor of it"
+        )
 
 
 def segments(experts: Sequence[Path], stores: Sequence[TrajectoryStore], config: MatchConfig) -> list[Segment]:
@@ -71,10 +78,16 @@ def segments(experts: Sequence[Path], stores: Sequence[TrajectoryStore], config:
     for i, (folder, store) in enumerate(zip(experts, stores, strict=True)):
         per_epoch, steps = read_json(folder / "schedule.json")["steps_per_epoch"], set(store.steps)
         span = config.span_steps or per_epoch
-        found += [Segment(i, t, t + span) for t in sorted(steps) if t < config.max_start_epoch * per_epoch and t + span in steps]
+        found += [
+            Segment(i, t, t + span)
+            for t in sorted(steps)
+            if t < config.max_start_epoch * per_epoch and t + span in steps
+        ]
     if not found:
-        raise InputError(f"match.span_steps={config.span_steps}: no two snapshots of {experts[0]} before epoch "
-                         f"match.max_start_epoch={config.max_start_epoch} are so many steps apart")
+        raise InputError(
+            f"match.span_steps={config.span_steps}: no two snapshots of {experts[0]} before epoch "
+            f"match.max_start_epoch={config.max_start_epoch} are so many steps apart"
+        )
     return found
 
 
@@ -82,37 +95,56 @@ def segments(experts: Sequence[Path], stores: Sequence[TrajectoryStore], config:
 class Learned:
     """What is learned, with Adam's moments, the random state and the curve so far: all that a resume needs."""
 
-    prompts: Tensor         # [n, k, D]
-    log_alpha: Tensor       # [1]
-    moments: list[Tensor]   # of the prompts, first and second, then of log alpha
-    counts: Tensor          # [n + 1] updates of each prompt, and of alpha
+    prompts: Tensor  # [n, k, D]
+    log_alpha: Tensor  # [1]
+    moments: list[Tensor]  # of the prompts, first and second, then of log alpha
+    counts: Tensor  # [n + 1] updates of each prompt, and of alpha
     generator: torch.Generator
-    curve: Tensor           # [iterations done, 4] float64
+    curve: Tensor  # [iterations done, 4] float64
 
     def tensors(self) -> dict[str, Tensor]:
         named = {f"moment{i}": t for i, t in enumerate(self.moments)}
         named |= {"prompts": self.prompts, "log_alpha": self.log_alpha, "counts": self.counts, "curve": self.curve}
-        return {name: t.detach().cpu().contiguous() for name, t in named.items()} | {"generator": self.generator.get_state()}
+        return {name: t.detach().cpu().contiguous() for name, t in named.items()} | {
+            "generator": self.generator.get_state()
+        }
 
     @classmethod
     def start(cls, prompts: Tensor, alpha: float, seed: int) -> "Learned":
         log_alpha = torch.tensor([alpha], device=prompts.device).log()
         moments = [torch.zeros_like(t) for t in (prompts, prompts, log_alpha, log_alpha)]
         counts = torch.zeros(len(prompts) + 1, dtype=torch.int64, device=prompts.device)
-        return cls(prompts, log_alpha, moments, counts, torch.Generator().manual_seed(seed), torch.zeros(0, 4, dtype=torch.float64))
+        return cls(
+            prompts,
+            log_alpha,
+            moments,
+            counts,
+            torch.Generator().manual_seed(seed),
+            torch.zeros(0, 4, dtype=torch.float64),
+        )
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Learned":
         with safe_open(path, "pt") as f:
-            read = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+            read = {name: f.get_tensor(name) for name in f.keys()}
         generator = torch.Generator()
         generator.set_state(read["generator"])
         moments = [read[f"moment{i}"].to(device) for i in range(4)]
-        return cls(read["prompts"].to(device), read["log_alpha"].to(device), moments, read["counts"].to(device), generator, read["curve"])
+        return cls(
+            read["prompts"].to(device),
+            read["log_alpha"].to(device),
+            moments,
+            read["counts"].to(device),
+            generator,
+            read["curve"],
+        )
 
 
 def adam_step(x: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], rows: Tensor, counts: Tensor, lr: float) -> None:
-    """Adam (arXiv 1412.6980) on the rows of x that have a gradient: x[rows] changes in place; counts [rows] as they are now."""
+    """Adam (arXiv 1412.6980) on the rows of x that have a gradient: x[rows] changes in place.
+
+    counts holds the rows' numbers of updates, this one included.
+    """
     at = counts.view(-1, *(1,) * (x.ndim - 1))
     m = moments[0][rows].lerp(grad, 1 - BETAS[0])
     v = moments[1][rows].lerp(grad * grad, 1 - BETAS[1])
@@ -138,9 +170,16 @@ def first_prompts(config: MatchConfig, n: int, table: Tensor, allowed: Tensor, s
 class Matcher:
     """One distillation: the student, the kept samples and the trajectories; `iterate` is one round of Algorithm 1."""
 
-    def __init__(self, config: MatchConfig, student: Student, batches: list[dict[str, Tensor]], ids: Sequence[str],
-                 experts: Sequence[Path], banned: Tensor):
-        self.config, self.student, self.rows, self.ids, self.banned = config, student, batches, ids, banned
+    def __init__(
+        self,
+        config: MatchConfig,
+        student: Student,
+        rows: Sequence[Encoded],
+        ids: Sequence[str],
+        experts: Sequence[Path],
+        banned: Tensor,
+    ):
+        self.config, self.student, self.rows, self.ids, self.banned = config, student, rows, ids, banned
         self.stores = [TrajectoryStore(folder / "trajectory") for folder in experts]
         self.segments = segments(experts, self.stores, config)
         self.pad_id = 0
@@ -149,6 +188,10 @@ class Matcher:
         """input_ids and labels [B, T] of some kept samples, on the student's device."""
         made = collate([self.rows[i] for i in rows.tolist()], self.pad_id)
         return made["input_ids"].to(self.student.device), made["labels"].to(self.student.device)
+
+    def blame(self, rows: Tensor, log_alpha: Tensor) -> str:
+        """The samples and the rate at which a number stopped being finite, for a message."""
+        return f"(samples {', '.join(self.ids[i] for i in rows.tolist())}; alpha {float(log_alpha.exp()):.4g})"
 
     def iterate(self, learned: Learned) -> dict[str, float]:
         """One update of the prompts and of alpha, in place. Raises NonFiniteError, leaving `learned` as it was."""
@@ -168,43 +211,72 @@ class Matcher:
             theta = unrolled_sgd(inner_loss, start, log_alpha.exp()[0], inputs, update=UPDATES[config.update])
         except NonFiniteError as error:
             step = error.step if error.step is not None else 0
-            raise NonFiniteError(f"{error} (samples {', '.join(self.ids[i] for i in drawn[step].tolist())}; alpha {float(log_alpha.exp()):.4g})") from None
+            raise NonFiniteError(f"{error} {self.blame(drawn[step], log_alpha)}") from None
         distill = (theta - target).square().sum() / (start - target).square().sum()
         flat = torch.cat([batch[0] for batch in inputs]).flatten(0, 1)
         reg = nearest_embedding(flat, student.embedding, banned=self.banned)[1].mean()
         loss = distill + config.beta * reg
         d_prompts, d_log_alpha = torch.autograd.grad(loss, (prompts, log_alpha))
         if not bool(d_prompts.isfinite().all() & d_log_alpha.isfinite().all()):
-            raise NonFiniteError(f"the hypergradient is not finite (samples {', '.join(self.ids[i] for i in used.tolist())}; alpha {float(log_alpha.exp()):.4g})")
+            raise NonFiniteError(f"the hypergradient is not finite {self.blame(used, log_alpha)}")
         numbers = dict(zip(CURVE, torch.stack([loss, distill, reg, log_alpha.exp()[0]]).tolist(), strict=True))
         learned.counts[used] += 1
-        adam_step(learned.prompts, d_prompts, (learned.moments[0], learned.moments[1]), used, learned.counts[used], config.prompt_lr)
+        adam_step(
+            learned.prompts,
+            d_prompts,
+            (learned.moments[0], learned.moments[1]),
+            used,
+            learned.counts[used],
+            config.prompt_lr,
+        )
         if config.alpha_lr > 0:
             learned.counts[-1] += 1
             only = torch.zeros(1, dtype=torch.int64, device=student.device)
-            adam_step(learned.log_alpha, d_log_alpha, (learned.moments[2], learned.moments[3]), only, learned.counts[-1:], config.alpha_lr)
+            adam_step(
+                learned.log_alpha,
+                d_log_alpha,
+                (learned.moments[2], learned.moments[3]),
+                only,
+                learned.counts[-1:],
+                config.alpha_lr,
+            )
             learned.log_alpha.clamp_(max=torch.tensor(config.alpha_max).log().item())
-        learned.curve = torch.cat([learned.curve, torch.tensor([[numbers[name] for name in CURVE]], dtype=torch.float64)])
+        learned.curve = torch.cat(
+            [learned.curve, torch.tensor([[numbers[name] for name in CURVE]], dtype=torch.float64)]
+        )
         return numbers
 
 
 def settings(model: ModelConfig, data: DataConfig, config: MatchConfig, seed: int) -> dict[str, Any]:
     """What determines the result: neither the device nor how often the state is saved does."""
-    chosen = {"model": asdict(model), "data": {"template": data.template, "max_tokens": data.max_tokens}, "match": asdict(config), "seed": seed}
+    chosen: dict[str, Any] = {
+        "model": asdict(model),
+        "data": {"template": data.template, "max_tokens": data.max_tokens},
+        "match": asdict(config),
+        "seed": seed,
+    }
     del chosen["model"]["device"], chosen["match"]["save_every"]
     return chosen
 
 
 def check_model(model: ModelConfig, data: DataConfig, config: MatchConfig, examples: Sequence[Example]) -> None:
-    """Raise InputError if the model does not load, is of an unknown family, or k + a sample's tokens pass its positions."""
+    """Raise InputError where the model cannot be matched.
+
+    It does not load, is of an unknown family, or k prompts and a sample's tokens pass its positions.
+    """
     base, tokenizer = load_model(model.path, model.dtype, "cpu")
     rows = encode_set(examples, tokenizer, data)
     check_lengths([e.id for e in examples], rows, [config.prompt_tokens] * len(rows), max_positions(base))
     Student(add_lora(base, model, seed=0))
 
 
-def prepare(model: ModelConfig, data: DataConfig, config: MatchConfig, examples: Sequence[Example], experts: Sequence[Path]) -> tuple[Matcher, Tensor]:
-    """A Matcher and the ids that prompts may stand for. Every check of the input is made here, before a file is written."""
+def prepare(
+    model: ModelConfig, data: DataConfig, config: MatchConfig, examples: Sequence[Example], experts: Sequence[Path]
+) -> tuple[Matcher, Tensor]:
+    """A Matcher and the ids that prompts may stand for.
+
+    Every check of the input is made here, before a file is written.
+    """
     check_batch("the kept set", len(examples), "match.batch", config.batch)
     base, tokenizer = load_model(model.path, model.dtype, model.device)
     rows = encode_set(examples, tokenizer, data)
@@ -218,7 +290,15 @@ def prepare(model: ModelConfig, data: DataConfig, config: MatchConfig, examples:
     return matcher, (~banned).nonzero().squeeze(-1)
 
 
-def run(folder: Path, model: ModelConfig, data: DataConfig, config: MatchConfig, examples: Sequence[Example], experts: Sequence[Path], seed: int) -> Path:
+def run(
+    folder: Path,
+    model: ModelConfig,
+    data: DataConfig,
+    config: MatchConfig,
+    examples: Sequence[Example],
+    experts: Sequence[Path],
+    seed: int,
+) -> Path:
     """Learn prompts for `examples`, the kept samples, from finished expert folders. Returns `folder`."""
     if not (folder / "manifest.json").exists():
         matcher, allowed = prepare(model, data, config, examples, experts)
@@ -230,13 +310,17 @@ def run(folder: Path, model: ModelConfig, data: DataConfig, config: MatchConfig,
         if state.exists():
             learned = Learned.load(state, student.device)
         else:
-            learned = Learned.start(first_prompts(config, len(examples), student.embedding, allowed, seed), config.alpha, seed)
+            learned = Learned.start(
+                first_prompts(config, len(examples), student.embedding, allowed, seed), config.alpha, seed
+            )
         with progress_bar(f"matching, seed {seed}", config.iterations, len(learned.curve)) as bar:
             for iteration in range(len(learned.curve), config.iterations):
                 try:
                     numbers = matcher.iterate(learned)
                 except NonFiniteError as error:
-                    raise NonFiniteError(f"iteration {iteration}: {error}; the last good state is kept in {state}") from None
+                    raise NonFiniteError(
+                        f"iteration {iteration}: {error}; the last good state is kept in {state}"
+                    ) from None
                 if (iteration + 1) % config.save_every == 0:
                     write_atomic(state, save(learned.tensors()))
                 bar.advance(loss=numbers["loss"], alpha=numbers["alpha"])
@@ -249,5 +333,10 @@ def write_outputs(folder: Path, learned: Learned) -> None:
     curve = [{"iteration": i} | dict(zip(CURVE, row, strict=True)) for i, row in enumerate(learned.curve.tolist())]
     write_json(folder / "curve.json", curve)
     tenth = max(1, len(curve) // 10)
-    means = {name: {"first": learned.curve[:tenth, i].mean().item(), "last": learned.curve[-tenth:, i].mean().item()} for i, name in enumerate(CURVE)}
-    write_json(folder / "summary.json", {"iterations": len(curve), "alpha": float(learned.log_alpha.exp()), "means": means})
+    means = {
+        name: {"first": learned.curve[:tenth, i].mean().item(), "last": learned.curve[-tenth:, i].mean().item()}
+        for i, name in enumerate(CURVE)
+    }
+    write_json(
+        folder / "summary.json", {"iterations": len(curve), "alpha": float(learned.log_alpha.exp()), "means": means}
+    )

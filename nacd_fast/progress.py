@@ -25,8 +25,13 @@ class Bar:
         self.done += steps
         now = time.monotonic()
         pace = (now - self.start) / max(self.done - self.first, 1)
-        shown = "  ".join([*(f"{name} {value:.4g}" for name, value in numbers.items()),
-                           f"{pace:.3g} s/it", f"peak {peak_bytes() / 2**20:,.0f} MiB"])
+        shown = "  ".join(
+            [
+                *(f"{name} {value:.4g}" for name, value in numbers.items()),
+                f"{pace:.3g} s/it",
+                f"peak {peak_bytes() / 2**20:,.0f} MiB",
+            ]
+        )
         self.progress.update(self.task, completed=self.done, shown=shown)
         if not self.progress.console.is_terminal and (now >= self.next_line or self.done >= self.total):
             self.next_line = now + LOG_SECONDS
@@ -38,7 +43,14 @@ class Bar:
 def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Bar]:
     """A bar from `done` to `total` steps; lines instead of a bar where stderr is no terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
-               TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Bar(label, total, done, progress)

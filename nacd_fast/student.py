@@ -6,20 +6,35 @@ fused attention, SiLU and the norms are missing or wrong (DESIGN: one op is four
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
-from nacd_kernels import flash_attention, frozen_linear, layer_norm, linear_cross_entropy, lora_linear, relu, rms_norm, silu_mul
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from nacd_kernels import (
+    flash_attention,
+    frozen_linear,
+    layer_norm,
+    linear_cross_entropy,
+    lora_linear,
+    relu,
+    rms_norm,
+    silu_mul,
+)
 
 from .config import ModelConfig
 from .errors import InputError
@@ -42,7 +57,10 @@ def resolve_device(device: str) -> torch.device:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. Raises InputError if there is none."""
     where = resolve_model(path)
-    if Path(where).is_dir() and not any((Path(where) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+    if Path(where).is_dir() and not any(
+        (Path(where) / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
         raise InputError(f"{where}: no tokenizer in this model folder (tokenizer.json, tokenizer.model or vocab.json)")
     try:
         return AutoTokenizer.from_pretrained(where)
@@ -50,7 +68,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise InputError(f"{path}: its tokenizer does not load ({first_line(error)})") from None
 
 
-def load_model(path: str, dtype: str = "float32", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    path: str, dtype: str = "float32", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM, frozen and without dropout, and its tokenizer.
 
     path: hub name, folder, `demo` or `demo-sibling`. Raises InputError if either is missing or does not load.
@@ -63,8 +83,9 @@ def load_model(path: str, dtype: str = "float32", device: str = "auto") -> tuple
         model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: the model does not load ({first_line(error)})") from None
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {model.get_input_embeddings().num_embeddings}")
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {known}")
     disable_dropout(model)
     return model.requires_grad_(False).to(resolve_device(device)), tokenizer
 
@@ -79,22 +100,42 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
-            for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            for name in (
+                "dropout",
+                "attention_dropout",
+                "activation_dropout",
+                "layerdrop",
+                "hidden_dropout",
+                "resid_pdrop",
+                "embd_pdrop",
+                "attn_pdrop",
+            ):
                 if isinstance(getattr(holder, name, None), float):
                     setattr(holder, name, 0.0)
 
 
 def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> PeftModel:
-    """LoRA adapters on the linear layers named in config.targets: float32, B = 0, A Kaiming-uniform drawn from `seed`."""
+    """LoRA adapters on the linear layers named in config.targets.
+
+    float32, B = 0, A Kaiming-uniform drawn from `seed`. Raises InputError if the model has none of these layers.
+    """
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     targets = sorted(names & set(config.targets))
     if not targets:
-        raise InputError(f"model.targets={list(config.targets)}: {config.path} has none of these linear layers, only {sorted(names)}")
+        raise InputError(
+            f"model.targets={list(config.targets)}: {config.path} has none of these linear layers, only {sorted(names)}"
+        )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
-        lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, target_modules=targets, lora_dropout=0.0,
-                          bias="none", task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.lora_alpha,
+            target_modules=targets,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
         device = model.device
         peft_model = get_peft_model(model.to("cpu"), lora, adapter_name=ADAPTER).to(device)
     for parameter in adapter_parameters(peft_model).values():
@@ -124,7 +165,10 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
 def check_same_adapters(mine: Mapping[str, torch.Size], other: Mapping[str, torch.Size]) -> None:
     for name in sorted(mine.keys() | other.keys()):
         if mine.get(name) != other.get(name):
-            raise InputError(f"adapter {name}: shape {other.get(name)} does not fit the model's {mine.get(name)} (another rank, target list or model)")
+            raise InputError(
+                f"adapter {name}: shape {other.get(name)} does not fit the model's {mine.get(name)} "
+                "(another rank, target list or model)"
+            )
 
 
 def max_positions(model: PreTrainedModel | PeftModel) -> int:
@@ -148,7 +192,9 @@ class Student:
         self.model, self.base = model, base
         self.backbone: nn.Module = base.get_decoder()
         self.shapes = {name: p.shape for name, p in adapter_parameters(model).items()}
-        self.lora_layers = {name: module for name, module in model.named_modules() if isinstance(module, PeftLoraLinear)}
+        self.lora_layers = {
+            name: module for name, module in model.named_modules() if isinstance(module, PeftLoraLinear)
+        }
         use_twice_differentiable_ops(base)
         if checkpointing:
             for layer in self.backbone.layers:
@@ -194,25 +240,35 @@ class Student:
 def use_twice_differentiable_ops(model: PreTrainedModel) -> None:
     """Swap the ops in, module by module; everything else in these families is differentiable twice as it is."""
     for name, module in model.named_modules():
-        if isinstance(module, PeftLoraLinear):
-            module.forward = MethodType(_lora_forward, module)  # type: ignore[method-assign]
-        elif type(module) is nn.Linear and ".lora_" not in name:
-            module.forward = MethodType(_linear_forward, module)  # type: ignore[method-assign]
-        elif isinstance(module, nn.ReLU):
-            module.forward = MethodType(_relu_forward, module)  # type: ignore[method-assign]
-        elif isinstance(module, LlamaRMSNorm):
-            module.forward = MethodType(_rms_norm_forward, module)  # type: ignore[method-assign]
-        elif isinstance(module, nn.LayerNorm):
-            module.forward = MethodType(_layer_norm_forward, module)  # type: ignore[method-assign]
-        elif isinstance(module, LlamaMLP):
-            if module.config.hidden_act not in ("silu", "swish"):
-                raise InputError(f"{name}: hidden_act={module.config.hidden_act!r}: the gated MLP has a second derivative for silu only")
-            module.forward = MethodType(_gated_mlp_forward, module)  # type: ignore[method-assign]
+        forward = _forward_of(name, module)
+        if forward is not None:
+            module.forward = MethodType(forward, module)
     model.set_attn_implementation(ATTENTION)
 
 
+def _forward_of(name: str, module: Any) -> Callable[..., Tensor] | None:
+    """What a module's forward becomes; None where it stays."""
+    if isinstance(module, PeftLoraLinear):
+        return _lora_forward
+    if type(module) is nn.Linear and ".lora_" not in name:
+        return _linear_forward
+    if isinstance(module, nn.ReLU):
+        return _relu_forward
+    if isinstance(module, LlamaRMSNorm):
+        return _rms_norm_forward
+    if isinstance(module, nn.LayerNorm):
+        return _layer_norm_forward
+    if isinstance(module, LlamaMLP):
+        act = module.config.hidden_act
+        if act not in ("silu", "swish"):
+            raise InputError(f"{name}: hidden_act={act!r}: the gated MLP has a second derivative for silu only")
+        return _gated_mlp_forward
+    return None
+
+
 def _lora_forward(layer: Any, x: Tensor) -> Tensor:
-    return lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, *layer.factors, layer.scaling[ADAPTER])
+    a, b = layer.factors
+    return lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling[ADAPTER])
 
 
 def _checkpointed_forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -250,7 +306,15 @@ def _gated_mlp_forward(mlp: Any, x: Tensor) -> Tensor:
 ATTENTION = "nacd_causal"  # transformers takes a name with "flash" for one of its own
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any) -> tuple[Tensor, None]:
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention interface; [B, H, T, d] in, [B, T, H, d] out."""
     return flash_attention(query, key, value, scaling).transpose(1, 2), None
 

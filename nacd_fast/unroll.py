@@ -4,22 +4,24 @@ The student takes N steps  (theta, s)_{n+1} = U((theta, s)_n, g_n, lr_n)  with  
 optimiser state s. A graph of all N steps costs N times one step's activations. Instead:
 
 - forward sweep: N plain gradients; only (theta_n, s_n) is kept (and g_n where U is not affine in it);
-- reverse sweep: with v the cotangent of (theta, s)_{n+1}, the elementwise U gives by its own vector-Jacobian product the
-  cotangents of theta_n, s_n, lr_n, and w of g_n. One *dual pass* (the gradient of l at theta_n + e w, differentiated at
-  e = 0 by forward-mode AD) adds  d<g_n, w>/dtheta_n  to the first and gives  d<g_n, w>/dinputs_n.
+- reverse sweep: with v the cotangent of (theta, s)_{n+1}, the elementwise U gives by its own vector-Jacobian product
+  the cotangents of theta_n, s_n, lr_n, and w of g_n. One *dual pass* (the gradient of l at theta_n + e w,
+  differentiated at e = 0 by forward-mode AD) adds  d<g_n, w>/dtheta_n  to the first and gives  d<g_n, w>/dinputs_n.
 
-Nothing is dropped and the activations are those of one step, whatever N is. Cost: 3 gradients a step. Source: Pearlmutter
-(1994) for the dual pass; MixFlow-MG (arXiv 2505.00793) for the mixed mode; DESIGN, section 2, of this project.
+Nothing is dropped and the activations are those of one step, whatever N is. Cost: 3 gradients a step. Source:
+Pearlmutter (1994) for the dual pass; MixFlow-MG (arXiv 2505.00793) for the mixed mode; DESIGN, section 2, of this
+project.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from nacd_kernels.twice import bare_tangents
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree  # underscored, but what torch.func and its users flatten trees with
+
+from nacd_kernels.twice import bare_tangents
 
 from .errors import NonFiniteError
 
@@ -36,7 +38,9 @@ class Update(Protocol):
     def init(self, theta: Tensor) -> tuple[Tensor, ...]:
         """The state before the first step; theta [P]."""
 
-    def step(self, theta: Tensor, state: tuple[Tensor, ...], grad: Tensor, lr: Tensor, n: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(
+        self, theta: Tensor, state: tuple[Tensor, ...], grad: Tensor, lr: Tensor, n: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """theta and state after step n (counted from 0)."""
 
 
@@ -51,7 +55,9 @@ class SGD:
     def init(self, theta: Tensor) -> tuple[Tensor, ...]:
         return (torch.zeros_like(theta),) if self.momentum else ()
 
-    def step(self, theta: Tensor, state: tuple[Tensor, ...], grad: Tensor, lr: Tensor, n: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(
+        self, theta: Tensor, state: tuple[Tensor, ...], grad: Tensor, lr: Tensor, n: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.weight_decay:
             grad = grad + self.weight_decay * theta
         if self.momentum:
@@ -73,7 +79,9 @@ class AdamW:
     def init(self, theta: Tensor) -> tuple[Tensor, ...]:
         return torch.zeros_like(theta), torch.zeros_like(theta)
 
-    def step(self, theta: Tensor, state: tuple[Tensor, ...], grad: Tensor, lr: Tensor, n: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(
+        self, theta: Tensor, state: tuple[Tensor, ...], grad: Tensor, lr: Tensor, n: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         beta1, beta2 = self.betas
         m = beta1 * state[0] + (1 - beta1) * grad
         v = beta2 * state[1] + (1 - beta2) * grad * grad
@@ -94,9 +102,9 @@ def unrolled_sgd(
     """theta_N after N = len(inputs) steps of `update` (plain SGD by default) on inner_loss(theta, inputs[n]).
 
     theta0 is a tree of float tensors of one dtype and device; lr a scalar, or [N] with one value a step; inputs holds a
-    tree a step, whose tensors may occur in several steps. The result is a tree like theta0 and composes with autograd: any
-    loss on it can be differentiated with respect to theta0, lr and every float tensor in `inputs` that requires a gradient
-    (not with respect to anything else that inner_loss uses, and not twice).
+    tree a step, whose tensors may occur in several steps. The result is a tree like theta0 and composes with autograd:
+    any loss on it can be differentiated with respect to theta0, lr and every float tensor in `inputs` that requires a
+    gradient (not with respect to anything else that inner_loss uses, and not twice).
 
     inner_loss must be deterministic and differentiable twice in forward-over-reverse mode; nacd_kernels has such ops.
     Raises NonFiniteError naming the step if a loss is not finite; RuntimeError if a replayed step gives another loss.
@@ -106,10 +114,13 @@ def unrolled_sgd(
     if not inputs:
         return theta0
     if not leaves or len({(t.dtype, t.device) for t in leaves}) != 1 or not leaves[0].is_floating_point():
-        raise ValueError(f"theta0 must hold float tensors of one dtype and device, has {sorted({f'{t.dtype} on {t.device}' for t in leaves})}")
+        found = sorted({f"{t.dtype} on {t.device}" for t in leaves})
+        raise ValueError(f"theta0 must hold float tensors of one dtype and device, has {found}")
     rates = torch.as_tensor(lr, dtype=leaves[0].dtype, device=leaves[0].device)
     if rates.shape not in ((), (len(inputs),)):
-        raise ValueError(f"lr has shape {tuple(rates.shape)}: must be a scalar or one value for each of the {len(inputs)} steps")
+        raise ValueError(
+            f"lr has shape {tuple(rates.shape)}: must be a scalar or one value for each of the {len(inputs)} steps"
+        )
     sizes, shapes = [t.numel() for t in leaves], [t.shape for t in leaves]
 
     def loss_of(parameters: Sequence[Tensor], step: int, values: Sequence[Any]) -> Tensor:
@@ -117,7 +128,9 @@ def unrolled_sgd(
 
     sweep = _Sweep(loss_of, update or SGD(), sizes, shapes, [len(values) for values in per_step])
     theta = torch.cat([t.reshape(-1) for t in leaves])
-    theta_n = _Unroll.apply(sweep, theta, rates.expand(len(inputs)), *(value for values in per_step for value in values))
+    theta_n = _Unroll.apply(
+        sweep, theta, rates.expand(len(inputs)), *(value for values in per_step for value in values)
+    )
     pieces = theta_n.split(sizes)
     return pytree.tree_unflatten([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)], tree)
 
@@ -125,7 +138,9 @@ def unrolled_sgd(
 class _Sweep:
     """One unroll's constants, and the two sweeps over flat vectors theta [P]."""
 
-    def __init__(self, loss_of: Callable, update: Update, sizes: list[int], shapes: list[torch.Size], counts: list[int]):
+    def __init__(
+        self, loss_of: Callable, update: Update, sizes: list[int], shapes: list[torch.Size], counts: list[int]
+    ):
         self.loss_of, self.update, self.sizes, self.shapes, self.counts = loss_of, update, sizes, shapes, counts
 
     def parameters(self, theta: Tensor) -> list[Tensor]:
@@ -140,7 +155,9 @@ class _Sweep:
             grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         return loss.detach(), torch.cat([g.reshape(-1) for g in grads])
 
-    def dual_pass(self, theta: Tensor, w: Tensor, n: int, values: Sequence[Any], wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    def dual_pass(
+        self, theta: Tensor, w: Tensor, n: int, values: Sequence[Any], wanted: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
         """l, g [P], d<g, w>/dtheta [P] and d<g, w>/dvalue for each wanted value of step n.
 
         w is scaled to unit length before the pass and back after it (the pass is linear in w), so that tangents in
@@ -149,11 +166,20 @@ class _Sweep:
         size = w.norm()
         unit = w / torch.where(size > 0, size, 1.0)
         with torch.enable_grad(), forward_ad.dual_level(), bare_tangents():
-            duals = [forward_ad.make_dual(p.detach().requires_grad_(), t) for p, t in zip(self.parameters(theta), self.parameters(unit), strict=True)]
-            live = [detached(value).requires_grad_() if want else detached(value) for value, want in zip(values, wanted, strict=True)]
+            duals = [
+                forward_ad.make_dual(p.detach().requires_grad_(), t)
+                for p, t in zip(self.parameters(theta), self.parameters(unit), strict=True)
+            ]
+            live = [
+                detached(value).requires_grad_() if want else detached(value)
+                for value, want in zip(values, wanted, strict=True)
+            ]
             loss = self.loss_of(duals, n, live)
             targets = [*duals, *(value for value, want in zip(live, wanted, strict=True) if want)]
-            grads = [forward_ad.unpack_dual(g) for g in torch.autograd.grad(loss, targets, allow_unused=True, materialize_grads=True)]
+            grads = [
+                forward_ad.unpack_dual(g)
+                for g in torch.autograd.grad(loss, targets, allow_unused=True, materialize_grads=True)
+            ]
             value_of_loss = forward_ad.unpack_dual(loss).primal.detach()
         primals = [g.primal for g in grads[: len(duals)]]
         tangents = [torch.zeros_like(g.primal) if g.tangent is None else g.tangent for g in grads]
@@ -190,14 +216,19 @@ class _Unroll(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         sweep, update, lr, values = ctx.sweep, ctx.sweep.update, ctx.lr, ctx.values
-        wanted = [isinstance(value, Tensor) and need for value, need in zip(values, ctx.needs_input_grad[3:], strict=True)]
-        d_lr, d_values, replayed = torch.zeros_like(lr), [None] * len(values), [None] * len(sweep.counts)
+        wanted = [
+            isinstance(value, Tensor) and need for value, need in zip(values, ctx.needs_input_grad[3:], strict=True)
+        ]
+        d_lr, d_values = torch.zeros_like(lr), [None] * len(values)
+        replayed: list[Any] = [None] * len(sweep.counts)
         d_state = tuple(torch.zeros_like(s) for s in update.init(v))
         for n, start, stop in reversed(bounds(sweep.counts)):
             theta, state, grad = ctx.kept[n]
             guess = torch.zeros_like(theta) if grad is None else grad
             w = pull_back(update, n, theta, state, guess, lr[n], v, d_state).grad
-            replayed[n], g, curvature, d_values[start:stop] = sweep.dual_pass(theta, w, n, values[start:stop], wanted[start:stop])
+            replayed[n], g, curvature, d_values[start:stop] = sweep.dual_pass(
+                theta, w, n, values[start:stop], wanted[start:stop]
+            )
             back = pull_back(update, n, theta, state, g if grad is None else grad, lr[n], v, d_state)
             v, d_state, d_lr[n] = back.theta + curvature, back.state, back.lr
         check_replay(ctx.losses, torch.stack(replayed).float())
@@ -211,12 +242,25 @@ class Pulled:
         self.theta, self.grad, self.lr, self.state = theta, grad, lr, state
 
 
-def pull_back(update: Update, n: int, theta: Tensor, state: tuple[Tensor, ...], grad: Tensor, lr: Tensor, v: Tensor, d_state: tuple[Tensor, ...]) -> Pulled:
+def pull_back(
+    update: Update,
+    n: int,
+    theta: Tensor,
+    state: tuple[Tensor, ...],
+    grad: Tensor,
+    lr: Tensor,
+    v: Tensor,
+    d_state: tuple[Tensor, ...],
+) -> Pulled:
     """The vector-Jacobian product of one elementwise update step, by autograd."""
     with torch.enable_grad():
         read = [t.detach().requires_grad_() for t in (theta, grad, lr, *state)]
         new_theta, new_state = update.step(read[0], tuple(read[3:]), read[1], read[2], n)
-        return Pulled(*torch.autograd.grad((new_theta, *new_state), read, (v, *d_state), allow_unused=True, materialize_grads=True))
+        return Pulled(
+            *torch.autograd.grad(
+                (new_theta, *new_state), read, (v, *d_state), allow_unused=True, materialize_grads=True
+            )
+        )
 
 
 def bounds(counts: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -230,4 +274,7 @@ def check_replay(first: Tensor, second: Tensor) -> None:
     off = (first - second).abs() > REPLAY_TOLERANCE * first.abs().clamp_min(1e-6)
     if bool(off.any()):
         n = int(off.nonzero()[0])
-        raise RuntimeError(f"inner_loss is not deterministic: step {n} gave {float(first[n])}, replayed {float(second[n])}; switch dropout off")
+        raise RuntimeError(
+            f"inner_loss is not deterministic: step {n} gave {float(first[n])}, replayed {float(second[n])}; "
+            "switch dropout off"
+        )

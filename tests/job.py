@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nacd_fast.data import Example
-
 from tests.tiny import make_examples, make_model
 
 SETTINGS = """\
@@ -23,7 +22,16 @@ evaluate: {{batch: 8, bootstrap: 100}}
 
 
 def write_set(path: Path, examples: Sequence[Example]) -> None:
-    rows = [{"id": e.id, "source": e.source, "messages": list(e.messages), "choices": [e.messages[-1]["content"], "no stone"], "answer": 0} for e in examples]
+    rows = [
+        {
+            "id": e.id,
+            "source": e.source,
+            "messages": list(e.messages),
+            "choices": [e.messages[-1]["content"], "no stone"],
+            "answer": 0,
+        }
+        for e in examples
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -34,5 +42,7 @@ def make_job(folder: Path) -> Path:
     for seed, (split, size) in enumerate({"train": 16, "validation": 5, "test": 6}.items()):
         write_set(data / f"{split}.jsonl", make_examples(size, seed))
     recipe = folder / "recipe.yaml"
-    recipe.write_text(SETTINGS.format(model=make_model(folder / "model"), sibling=make_model(folder / "sibling", "opt"), data=data))
+    recipe.write_text(
+        SETTINGS.format(model=make_model(folder / "model"), sibling=make_model(folder / "sibling", "opt"), data=data)
+    )
     return recipe

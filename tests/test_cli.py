@@ -6,12 +6,13 @@ import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+
 from nacd_fast import cli
 from nacd_fast.config import RunConfig
-
 from tests.job import make_job
 
 
@@ -57,36 +58,49 @@ def refused(arguments: list[str], here: Path, capsys: pytest.CaptureFixture) -> 
 GOOD = json.dumps({"prompt": "why is it", "completion": "a dog"})
 
 
-@pytest.mark.parametrize(("lines", "message"), [
-    ([GOOD, '{"prompt": "the", '], "line 2: malformed JSON"),
-    ([GOOD, GOOD, json.dumps({"prompt": "the", "completion": " "})], "line 3"),
-    ([GOOD, GOOD], "the full set has 2 samples, fewer than experts.batch=4"),
-    ([json.dumps({"question": "the"})], "line 1"),
-])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([GOOD, '{"prompt": "the", '], "line 2: malformed JSON"),
+        ([GOOD, GOOD, json.dumps({"prompt": "the", "completion": " "})], "line 3"),
+        ([GOOD, GOOD], "the full set has 2 samples, fewer than experts.batch=4"),
+        ([json.dumps({"question": "the"})], "line 1"),
+    ],
+)
 def test_bad_data(recipe: Path, here: Path, capsys: pytest.CaptureFixture, lines: list[str], message: str) -> None:
     assert message in refused(["distill", "--config", data_with(recipe, here, lines)], here, capsys)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--match.prompt_tokens", "0"], "match.prompt_tokens=0: must be at least 1"),
-    (["--match.max_start_epoch", "2"], "match.max_start_epoch=2 with a span of 2 steps reaches step 6, beyond the experts' last snapshot at 4"),
-    (["--match.prompt_tokens", "60"], "k=60 prompt tokens"),
-    (["--match.batch", "6"], "fewer than match.batch=6"),
-    (["--select.fraction", "0"], "select.fraction=0.0: must be in (0, 1]"),
-    (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    (["--model.path", "nowhere"], "nowhere: "),
-    (["--model.targets", "[none]"], "has none of these linear layers"),
-    (["--match.inner_step", "3"], "inner_step"),
-    (["--match.inner_steps", "three"], "match.inner_steps"),
-    (["--experts.optimizer", "lion"], "experts.optimizer"),
-    (["--seeds", "[1, 1]"], "without repetition"),
-])
-def test_bad_settings(recipe: Path, here: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--match.prompt_tokens", "0"], "match.prompt_tokens=0: must be at least 1"),
+        (
+            ["--match.max_start_epoch", "2"],
+            "match.max_start_epoch=2 with a span of 2 steps reaches step 6, beyond the experts' last snapshot at 4",
+        ),
+        (["--match.prompt_tokens", "60"], "k=60 prompt tokens"),
+        (["--match.batch", "6"], "fewer than match.batch=6"),
+        (["--select.fraction", "0"], "select.fraction=0.0: must be in (0, 1]"),
+        (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--model.path", "nowhere"], "nowhere: "),
+        (["--model.targets", "[none]"], "has none of these linear layers"),
+        (["--match.inner_step", "3"], "inner_step"),
+        (["--match.inner_steps", "three"], "match.inner_steps"),
+        (["--experts.optimizer", "lion"], "experts.optimizer"),
+        (["--seeds", "[1, 1]"], "without repetition"),
+    ],
+)
+def test_bad_settings(
+    recipe: Path, here: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
     assert message in refused(["distill", "--config", str(recipe), *arguments], here, capsys)
 
 
 def test_unknown_field_in_the_config(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "iteration" in refused(["distill", "--config", edited(recipe, here, "iterations: 6", "iteration: 6")], here, capsys)
+    assert "iteration" in refused(
+        ["distill", "--config", edited(recipe, here, "iterations: 6", "iteration: 6")], here, capsys
+    )
 
 
 def test_unknown_recipe(here: Path, capsys: pytest.CaptureFixture) -> None:
@@ -98,10 +112,14 @@ def test_model_without_a_tokenizer(recipe: Path, here: Path, capsys: pytest.Capt
     shutil.copytree(recipe.parent / "model", bare)
     for path in bare.glob("token*"):
         path.unlink()
-    assert f"{bare}: no tokenizer" in refused(["distill", "--config", str(recipe), "--model.path", str(bare)], here, capsys)
+    assert f"{bare}: no tokenizer" in refused(
+        ["distill", "--config", str(recipe), "--model.path", str(bare)], here, capsys
+    )
 
 
-def test_non_finite_loss_stops_and_keeps_the_last_good_state(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_non_finite_loss_stops_and_keeps_the_last_good_state(
+    recipe: Path, here: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert cli.main(["experts", "--config", str(recipe), "--experts.lr", "1e30"]) == 2
     error = capsys.readouterr().err
     assert "nacd: step 2: loss nan" in error and "samples of the batch: x0-" in error
@@ -109,13 +127,15 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_state(recipe: Path, here:
     assert list((here / "run/experts/expert0/work").glob("checkpoint-1/adapter_model.safetensors"))
 
 
-def test_other_settings_in_a_finished_folder_are_refused(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_settings_in_a_finished_folder_are_refused(
+    recipe: Path, here: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert cli.main(["select", "--config", str(recipe)]) == 0
     message = refused(["select", "--config", str(recipe), "--select.fraction", "0.5"], here, capsys)
     assert "made with other settings (config.fraction=0.5, was 0.3)" in message
 
 
-def leaf_names(cls: type, prefix: str = "") -> list[str]:
+def leaf_names(cls: Any, prefix: str = "") -> list[str]:
     found = []
     for field in fields(cls):
         if is_dataclass(field.type):
@@ -126,7 +146,9 @@ def leaf_names(cls: type, prefix: str = "") -> list[str]:
 
 
 def test_help_shows_every_field_with_its_meaning_and_default() -> None:
-    done = subprocess.run([sys.executable, "-m", "nacd_fast.distill", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "nacd_fast.distill", "--help"], capture_output=True, text=True, check=True
+    )
     text = " ".join(done.stdout.split())
     for name in leaf_names(RunConfig):
         assert f"--{name} " in text
@@ -140,7 +162,9 @@ def test_importing_the_command_line_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_dry_run_prints_the_resolved_settings_and_the_plan(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_dry_run_prints_the_resolved_settings_and_the_plan(
+    recipe: Path, here: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert cli.main(["distill", "--config", str(recipe), "--match.inner_steps", "3", "--dry-run"]) == 0
     settings, plan = capsys.readouterr().out.split("\n\n", 1)
     assert yaml.safe_load(settings)["match"]["inner_steps"] == 3

@@ -6,11 +6,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from nacd_fast import cli
 from nacd_fast.artifacts import read_json
 from nacd_fast.student import load_tokenizer
-from safetensors.torch import load_file
-
 from tests.job import make_job
 from tests.tiny import tree_digests
 
@@ -29,8 +29,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scores_has_a_row_for_every_method_and_seed(job: Path) -> None:
     scores = read_json(job / "scores.json")
     assert {(s["row"], s["seed"]) for s in scores} == {
-        ("baseline", 0), ("transfer_baseline", 0),
-        *((row, seed) for row in ("full", "random", "nacd_embeddings", "nacd_decoded", "transfer_random", "transfer_nacd_decoded") for seed in (0, 1))}
+        ("baseline", 0),
+        ("transfer_baseline", 0),
+        *(
+            (row, seed)
+            for row in ("full", "random", "nacd_embeddings", "nacd_decoded", "transfer_random", "transfer_nacd_decoded")
+            for seed in (0, 1)
+        ),
+    }
     for s in scores:
         assert {"method", "fraction", "seed", "nll", "accuracy"} <= s.keys()
         assert s["nll_interval"][0] <= s["nll"] <= s["nll_interval"][1] and 0 <= s["accuracy"] <= 1
@@ -48,7 +54,7 @@ def test_distilled_set_opens_with_datasets_and_matches_its_embeddings(job: Path)
         assert [tokenizer.decode(ids) for ids in table["prompt_ids"]] == list(table["prompt_text"])
         special = set(tokenizer.all_special_ids)
         assert not special & {i for ids in table["prompt_ids"] for i in ids}
-        assert [line for line in (job / "selection" / f"seed{seed}" / "ids.txt").read_text().split()] == list(table["id"])
+        assert (job / "selection" / f"seed{seed}" / "ids.txt").read_text().split() == list(table["id"])
     card = (job / "distilled" / "seed0" / "README.md").read_text()
     assert "| test | 5 |" in card
 
@@ -78,7 +84,9 @@ def test_a_second_run_reuses_everything(job: Path, monkeypatch: pytest.MonkeyPat
     assert {stage: tree_digests(job / stage) for stage in stages} == before
 
 
-def test_a_changed_sample_makes_a_stage_refuse_its_old_result(job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_changed_sample_makes_a_stage_refuse_its_old_result(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(job.parent)
     path = job.parent / "data" / "train.jsonl"
     text = path.read_text()

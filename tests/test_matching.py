@@ -3,21 +3,25 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from nacd_fast import experts, matching
 from nacd_fast.artifacts import file_digest
 from nacd_fast.config import DataConfig, ExpertConfig, MatchConfig, ModelConfig
 from nacd_fast.errors import InputError, NonFiniteError
 from nacd_fast.progress import Bar
 from nacd_fast.store import TrajectoryStore
-from safetensors.torch import load_file, save_file
 from tests.tiny import make_examples, make_model
 
 DATA = DataConfig()
 EXPERTS = ExpertConfig(epochs=2, batch=4, optimizer="sgd", lr=0.1, snapshot_steps=2, count=1)
-MATCH = MatchConfig(iterations=6, inner_steps=3, span_steps=2, max_start_epoch=1, batch=2, beta=0.3, alpha=0.1, save_every=2)
+MATCH = MatchConfig(
+    iterations=6, inner_steps=3, span_steps=2, max_start_epoch=1, batch=2, beta=0.3, alpha=0.1, save_every=2
+)
 FULL = make_examples(16)
 KEPT = FULL[:5]
 
@@ -40,7 +44,9 @@ def test_one_iteration_is_algorithm_1(model: ModelConfig, expert: Path) -> None:
     """Equations 1 to 4 written out with a retained graph, and torch.optim.Adam for the updates."""
     matcher, _ = matching.prepare(model, DATA, MATCH, KEPT, [expert])
     student = matcher.student
-    learned = matching.Learned.start(matching.first_prompts(MATCH, len(KEPT), student.embedding, torch.zeros(0), 0), MATCH.alpha, seed=4)
+    learned = matching.Learned.start(
+        matching.first_prompts(MATCH, len(KEPT), student.embedding, torch.zeros(0), 0), MATCH.alpha, seed=4
+    )
     prompts = learned.prompts.clone().requires_grad_()
     log_alpha = learned.log_alpha.clone().requires_grad_()
     generator = torch.Generator().manual_seed(4)
@@ -48,7 +54,10 @@ def test_one_iteration_is_algorithm_1(model: ModelConfig, expert: Path) -> None:
     drawn = matching.draw_batches(len(KEPT), MATCH.inner_steps, MATCH.batch, generator)
 
     store = TrajectoryStore(expert / "trajectory")
-    start, target = student.flatten(store.read(chosen.start)), student.flatten(store.read(chosen.start + MATCH.span_steps))
+    start, target = (
+        student.flatten(store.read(chosen.start)),
+        student.flatten(store.read(chosen.start + MATCH.span_steps)),
+    )
     theta, distance = start.clone().requires_grad_(), torch.zeros(())
     for rows in drawn:
         loss = student.loss(student.unflatten(theta), prompts[rows], *matcher.batch(rows))
@@ -95,8 +104,10 @@ def test_batches_repeat_no_sample_before_all_were_drawn() -> None:
 
 
 @pytest.mark.parametrize("update", ["sgd", "momentum", "adamw"])
-def test_matching_lowers_the_distance(model: ModelConfig, expert: Path, tmp_path: Path, update: str) -> None:
-    config = replace(MATCH, iterations=40, beta=0.0, update=update, alpha=0.01 if update == "adamw" else 0.1, prompt_lr=0.02)
+def test_matching_lowers_the_distance(model: ModelConfig, expert: Path, tmp_path: Path, update: Any) -> None:
+    config = replace(
+        MATCH, iterations=40, beta=0.0, update=update, alpha=0.01 if update == "adamw" else 0.1, prompt_lr=0.02
+    )
     folder = matching.run(tmp_path / "match", model, DATA, config, KEPT, [expert], 0)
     means = json.loads((folder / "summary.json").read_text())["means"]["distill"]
     assert means["last"] < means["first"]
@@ -108,17 +119,21 @@ def test_matching_lowers_the_distance(model: ModelConfig, expert: Path, tmp_path
 def test_checkpointing_gives_the_same_curve(model: ModelConfig, expert: Path, tmp_path: Path) -> None:
     curves = []
     for checkpointing in (False, True):
-        folder = matching.run(tmp_path / str(checkpointing), model, DATA, replace(MATCH, checkpointing=checkpointing), KEPT, [expert], 0)
+        folder = matching.run(
+            tmp_path / str(checkpointing), model, DATA, replace(MATCH, checkpointing=checkpointing), KEPT, [expert], 0
+        )
         curves.append([row["loss"] for row in json.loads((folder / "curve.json").read_text())])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5])
-def test_resumes_to_the_same_bytes(model: ModelConfig, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+def test_resumes_to_the_same_bytes(
+    model: ModelConfig, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
     whole = hashes(matching.run(tmp_path / "whole", model, DATA, MATCH, KEPT, [expert], 0))
     advance = Bar.advance
 
-    def stops(bar: Bar, *args: int, **numbers: float) -> None:
+    def stops(bar: Bar, *args: Any, **numbers: Any) -> None:
         advance(bar, *args, **numbers)
         if bar.done == stop:
             raise KeyboardInterrupt
@@ -137,7 +152,9 @@ def test_alpha_is_held_at_its_limit(model: ModelConfig, expert: Path, tmp_path: 
     assert max(alphas) <= 0.051 * (1 + 1e-6) and min(alphas) < max(alphas)
 
 
-def test_non_finite_loss_names_iteration_step_and_samples_and_keeps_the_last_state(model: ModelConfig, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_loss_names_iteration_step_and_samples_and_keeps_the_last_state(
+    model: ModelConfig, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     iterate = matching.Matcher.iterate
 
     def poisoned(matcher: matching.Matcher, learned: matching.Learned) -> dict[str, float]:
@@ -146,29 +163,39 @@ def test_non_finite_loss_names_iteration_step_and_samples_and_keeps_the_last_sta
         return iterate(matcher, learned)
 
     monkeypatch.setattr(matching.Matcher, "iterate", poisoned)
-    with pytest.raises(NonFiniteError, match=r"iteration 3: inner step 0 of 3: the loss is nan \(samples x0-\d.*last good state"):
+    with pytest.raises(
+        NonFiniteError, match=r"iteration 3: inner step 0 of 3: the loss is nan \(samples x0-\d.*last good state"
+    ):
         matching.run(tmp_path / "match", model, DATA, MATCH, KEPT, [expert], 0)
     state = matching.Learned.load(tmp_path / "match" / "work" / "state.safetensors", torch.device("cpu"))
     assert len(state.curve) == 2 and state.prompts.isfinite().all()
     assert not (tmp_path / "match" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(span_steps=3), "match.span_steps=3: no two"),
-    (dict(max_start_epoch=3), "beyond the experts' last snapshot at 8"),
-    (dict(span_steps=100), "beyond the experts' last snapshot at 8"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(span_steps=3), "match.span_steps=3: no two"),
+        (dict(max_start_epoch=3), "beyond the experts' last snapshot at 8"),
+        (dict(span_steps=100), "beyond the experts' last snapshot at 8"),
+    ],
+)
 def test_starts_beyond_the_snapshots_are_named(change: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         matching.check_starts(replace(MATCH, **change), EXPERTS, len(FULL))
 
 
-@pytest.mark.parametrize(("examples", "change", "message"), [
-    (KEPT[:1], {}, "fewer than match.batch=2"),
-    (KEPT, dict(prompt_tokens=60), "takes at most 64 in all"),
-    (KEPT, dict(span_steps=1), "match.span_steps=1"),
-])
-def test_bad_input_writes_nothing(model: ModelConfig, expert: Path, tmp_path: Path, examples: list, change: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("examples", "change", "message"),
+    [
+        (KEPT[:1], {}, "fewer than match.batch=2"),
+        (KEPT, dict(prompt_tokens=60), "takes at most 64 in all"),
+        (KEPT, dict(span_steps=1), "match.span_steps=1"),
+    ],
+)
+def test_bad_input_writes_nothing(
+    model: ModelConfig, expert: Path, tmp_path: Path, examples: list, change: dict, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         matching.run(tmp_path / "match", model, DATA, replace(MATCH, **change), examples, [expert], 0)
     assert not (tmp_path / "match").exists()

@@ -1,6 +1,7 @@
 """The flat hypergradient against a create_graph unroll of independent, plain PyTorch models."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,18 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from nacd_fast.config import ModelConfig
 from nacd_fast.errors import NonFiniteError
 from nacd_fast.student import Student, add_lora
-from nacd_fast.unroll import SGD, AdamW, unrolled_sgd
+from nacd_fast.unroll import SGD, AdamW, Update, unrolled_sgd
 
-SIZES = dict(vocab_size=29, max_position_embeddings=32, num_hidden_layers=2, num_attention_heads=4, hidden_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SIZES = dict(
+    vocab_size=29,
+    max_position_embeddings=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    hidden_size=16,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def llama() -> PreTrainedModel:
@@ -21,10 +31,14 @@ def llama() -> PreTrainedModel:
 
 
 def opt(activation: str = "relu") -> PreTrainedModel:
-    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0, activation_function=activation))
+    return OPTForCausalLM(
+        OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0, activation_function=activation)
+    )
 
 
-def plain_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **kwargs: object) -> tuple[Tensor, None]:
+def plain_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **kwargs: object
+) -> tuple[Tensor, None]:
     """Eager attention whose softmax stays in the model's own precision."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     s = (q @ k.mT * scaling).masked_fill(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1), -torch.inf)
@@ -37,13 +51,17 @@ AttentionInterface.register("plain_test_attention", plain_attention)
 @pytest.fixture
 def float64_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """transformers' RMSNorm computes in float32 whatever the model; the reference must not."""
+
     def forward(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
         return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
     yield
 
 
-def build(make: Callable[[], PreTrainedModel], dtype: torch.dtype, checkpointing: bool = False) -> tuple[Student, Callable]:
+def build(
+    make: Callable[[], PreTrainedModel], dtype: torch.dtype, checkpointing: bool = False
+) -> tuple[Student, Callable]:
     """A student, and the same loss from an untouched copy of the model."""
     torch.manual_seed(0)
     config = ModelConfig(rank=3, lora_alpha=6.0)
@@ -79,16 +97,28 @@ def batches(steps: int, dtype: torch.dtype) -> tuple[Tensor, list[tuple]]:
 
 def theta_of(student: Student, dtype: torch.dtype) -> Tensor:
     size = sum(shape.numel() for shape in student.shapes.values())
-    return (0.1 * torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).to(dtype).requires_grad_()
+    return (
+        (0.1 * torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
-def reference_step(update: object, theta: Tensor, state: list, grad: Tensor, lr: Tensor, n: int) -> Tensor:
+def reference_step(update: Update, theta: Tensor, state: list, grad: Tensor, lr: Tensor, n: int) -> Tensor:
     """torch.optim's formulas, written out once more."""
     if isinstance(update, AdamW):
         b1, b2 = update.betas
-        m, v = (b1 * state[0] + (1 - b1) * grad, b2 * state[1] + (1 - b2) * grad**2) if state else ((1 - b1) * grad, (1 - b2) * grad**2)
+        m, v = (
+            (b1 * state[0] + (1 - b1) * grad, b2 * state[1] + (1 - b2) * grad**2)
+            if state
+            else ((1 - b1) * grad, (1 - b2) * grad**2)
+        )
         state[:] = [m, v]
-        return theta - lr * update.weight_decay * theta - lr * (m / (1 - b1 ** (n + 1))) / ((v / (1 - b2 ** (n + 1))).sqrt() + update.eps)
+        return (
+            theta
+            - lr * update.weight_decay * theta
+            - lr * (m / (1 - b1 ** (n + 1))) / ((v / (1 - b2 ** (n + 1))).sqrt() + update.eps)
+        )
     assert isinstance(update, SGD)
     grad = grad + update.weight_decay * theta
     if update.momentum:
@@ -97,13 +127,18 @@ def reference_step(update: object, theta: Tensor, state: list, grad: Tensor, lr:
     return theta - lr * grad
 
 
-UPDATES = {
-    "sgd": SGD(), "sgd, weight decay": SGD(weight_decay=0.1), "momentum": SGD(momentum=0.9),
-    "nesterov": SGD(momentum=0.8, nesterov=True, weight_decay=0.05), "adamw": AdamW(weight_decay=0.1, eps=1e-6),
+UPDATES: dict[str, Update] = {
+    "sgd": SGD(),
+    "sgd, weight decay": SGD(weight_decay=0.1),
+    "momentum": SGD(momentum=0.9),
+    "nesterov": SGD(momentum=0.8, nesterov=True, weight_decay=0.05),
+    "adamw": AdamW(weight_decay=0.1, eps=1e-6),
 }
 
 
-def hypergradients(student: Student, plain_loss: Callable, steps: int, update: object, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def hypergradients(
+    student: Student, plain_loss: Callable, steps: int, update: Update, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
     """(theta_N, and d/d(prompts, alpha, theta_0) of a loss on it) by our sweep and by a create_graph unroll."""
     prompts, data = batches(steps, dtype)
     rate = 0.002 if isinstance(update, AdamW) else 0.05
@@ -113,11 +148,16 @@ def hypergradients(student: Student, plain_loss: Callable, steps: int, update: o
         target = torch.linspace(-1, 1, theta0.numel(), dtype=dtype)
         if flat:
             inputs = [(prompts[rows], ids, labels) for rows, ids, labels in data]
-            theta = unrolled_sgd(lambda p, b: student.loss(student.unflatten(p), *b), theta0, alpha, inputs, update=update)
+            theta = unrolled_sgd(
+                lambda p, b: student.loss(student.unflatten(p), *b), theta0, alpha, inputs, update=update
+            )
         else:
-            theta, state = theta0, []
+            theta = theta0
+            state: list[Tensor] = []
             for n, (rows, ids, labels) in enumerate(data):
-                (grad,) = torch.autograd.grad(plain_loss(student.unflatten(theta), prompts[rows], ids, labels), theta, create_graph=True)
+                (grad,) = torch.autograd.grad(
+                    plain_loss(student.unflatten(theta), prompts[rows], ids, labels), theta, create_graph=True
+                )
                 theta = reference_step(update, theta, state, grad, alpha, n)
         loss = ((theta - target) ** 2).sum() / ((theta0.detach() - target) ** 2).sum()
         results.append([theta.detach(), *torch.autograd.grad(loss, (prompts, alpha, theta0))])
@@ -140,7 +180,7 @@ def test_equals_create_graph_in_float64(make: Callable, steps: int, update: str,
 @pytest.mark.parametrize("update", [*(name for name in UPDATES if name != "adamw"), "adamw, eps 1e-3"])
 @pytest.mark.parametrize("make", [llama, lambda: opt("gelu")], ids=["llama", "opt with gelu"])
 def test_equals_create_graph_in_float32(make: Callable, update: str) -> None:
-    """Smooth functions: a ReLU, or AdamW's sign(g) at a tiny eps, flips where two correct programs round differently."""
+    """Smooth functions: a ReLU, or AdamW's sign(g) at a tiny eps, flips where two right programs round differently."""
     student, plain = build(make, torch.float32)
     rule = UPDATES.get(update) or AdamW(eps=1e-3, weight_decay=0.1)
     for ours, theirs in zip(*hypergradients(student, plain, 6, rule, torch.float32), strict=True):
@@ -151,7 +191,8 @@ def test_equals_create_graph_in_float32(make: Callable, update: str) -> None:
 def test_checkpointing_changes_nothing(make: Callable, float64_norms: None) -> None:
     student, plain = build(make, torch.float64, checkpointing=True)
     calls: list[None] = []
-    student.backbone.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(None))
+    layers: Any = student.backbone.layers
+    layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(None))
     for ours, theirs in zip(*hypergradients(student, plain, 3, SGD(), torch.float64), strict=True):
         assert relative(ours, theirs) <= 1e-9
     assert len(calls) == 3 * 2 * 2  # steps, sweeps, once forward and once recomputed
@@ -164,7 +205,10 @@ def quadratic(theta: dict[str, Tensor], batch: tuple[Tensor, str]) -> Tensor:
 
 def toy(steps: int) -> tuple[dict[str, Tensor], list]:
     g = torch.Generator().manual_seed(0)
-    theta = {"w": torch.randn(3, 2, generator=g, dtype=torch.float64), "b": torch.randn(2, generator=g, dtype=torch.float64)}
+    theta = {
+        "w": torch.randn(3, 2, generator=g, dtype=torch.float64),
+        "b": torch.randn(2, generator=g, dtype=torch.float64),
+    }
     return theta, [(torch.randn(3, 2, generator=g, dtype=torch.float64), "a name") for _ in range(steps)]
 
 
@@ -173,7 +217,13 @@ def test_gradcheck_of_trees_and_of_one_rate_a_step() -> None:
     theta, data = toy(3)
 
     def final(w: Tensor, b: Tensor, lr: Tensor, *xs: Tensor) -> Tensor:
-        out = unrolled_sgd(quadratic, {"w": w, "b": b}, lr, [(x, name) for x, (_, name) in zip(xs, data, strict=True)], update=SGD(momentum=0.5))
+        out = unrolled_sgd(
+            quadratic,
+            {"w": w, "b": b},
+            lr,
+            [(x, name) for x, (_, name) in zip(xs, data, strict=True)],
+            update=SGD(momentum=0.5),
+        )
         return out["w"].sum() + out["b"].square().sum()
 
     leaves = [theta["w"], theta["b"], torch.tensor([0.1, 0.05, 0.2], dtype=torch.float64), *(x for x, _ in data)]
@@ -182,7 +232,10 @@ def test_gradcheck_of_trees_and_of_one_rate_a_step() -> None:
 
 def test_adamw_is_finite_where_a_gradient_is_exactly_zero() -> None:
     """As for LoRA's A while B = 0: the root of Adam's second moment has an infinite slope there."""
-    theta, lr = torch.zeros(2, dtype=torch.float64, requires_grad=True), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    theta, lr = (
+        torch.zeros(2, dtype=torch.float64, requires_grad=True),
+        torch.tensor(0.1, dtype=torch.float64, requires_grad=True),
+    )
     out = unrolled_sgd(lambda p, x: (p[0] * x).sum(), theta, lr, [torch.ones(()).double()] * 2, update=AdamW())
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (theta, lr)))
 
@@ -212,7 +265,12 @@ def test_non_finite_loss_names_its_step() -> None:
 
 def test_random_inner_loss_is_caught() -> None:
     theta, data = toy(3)
-    out = unrolled_sgd(lambda p, b: nn.functional.dropout(p["w"] * b[0], 0.5).square().sum() + p["b"].sum(), {k: t.requires_grad_() for k, t in theta.items()}, 0.1, data)
+    out = unrolled_sgd(
+        lambda p, b: nn.functional.dropout(p["w"] * b[0], 0.5).square().sum() + p["b"].sum(),
+        {k: t.requires_grad_() for k, t in theta.items()},
+        0.1,
+        data,
+    )
     with pytest.raises(RuntimeError, match="not deterministic"):
         out["w"].sum().backward()
 
@@ -225,12 +283,15 @@ def test_second_derivative_through_the_unroll_is_refused() -> None:
         g.sum().backward()
 
 
-@pytest.mark.parametrize(("theta", "lr", "message"), [
-    ({"a": torch.zeros(2), "b": torch.zeros(2).double()}, 0.1, "one dtype"),
-    ({"a": torch.zeros(2, dtype=torch.int64)}, 0.1, "float tensors"),
-    ({"a": torch.zeros(2)}, torch.zeros(3), r"lr has shape \(3,\)"),
-])
-def test_bad_arguments_are_named(theta: dict, lr: object, message: str) -> None:
+@pytest.mark.parametrize(
+    ("theta", "lr", "message"),
+    [
+        ({"a": torch.zeros(2), "b": torch.zeros(2).double()}, 0.1, "one dtype"),
+        ({"a": torch.zeros(2, dtype=torch.int64)}, 0.1, "float tensors"),
+        ({"a": torch.zeros(2)}, torch.zeros(3), r"lr has shape \(3,\)"),
+    ],
+)
+def test_bad_arguments_are_named(theta: dict, lr: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         unrolled_sgd(lambda p, x: p["a"].sum(), theta, lr, [torch.zeros(1)] * 2)
 
