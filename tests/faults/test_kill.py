@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nacd_fast import cli
 
+from nacd_fast import cli
 from tests.job import make_job
 from tests.tiny import at_call, tree_digests
 
@@ -50,7 +50,8 @@ def test_killed_in_every_stage_ends_with_the_same_bytes(tmp_path: Path) -> None:
     run.rename(tmp_path / "whole")
     for stage, file in DEATHS.items():
         assert job_in(tmp_path, stage, file) == -signal.SIGKILL
-        unfinished = [path.parent for path in (run / stage).rglob("config.json") if not (path.parent / "manifest.json").exists()]
+        begun = [path.parent for path in (run / stage).rglob("config.json")]
+        unfinished = [folder for folder in begun if not (folder / "manifest.json").exists()]
         assert len(unfinished) == 1, f"killed outside {stage}"
     assert job_in(tmp_path) == 0
     assert results(run) == whole
