@@ -21,8 +21,8 @@ def job_in(folder: Path, stage: str = "", file: int = 0) -> int:
     plain = os.replace
     deadly = at_call(file, plain)
 
-    def replace(source: Any, target: Any) -> None:
-        (deadly if stage and stage in Path(target).parts else plain)(source, target)
+    def replace(src: Any, dst: Any, **options: Any) -> None:
+        (deadly if stage and stage in Path(dst).parts else plain)(src, dst, **options)
 
     def child() -> None:
         torch.set_num_threads(1)  # a forked OpenMP pool hangs
