@@ -9,6 +9,7 @@ exit status 2; --debug shows the traceback. Ctrl-C exits with 130, and the same 
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,21 @@ def parse(command: str, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
     return RunConfig(**values), found.dry_run, found.debug
 
 
+def be_quiet() -> None:
+    """No bars and notices of the libraries between our own."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def execute(command: str, config: RunConfig, dry_run: bool) -> None:
     from . import distill  # torch and transformers load only from here
 
+    be_quiet()
     if dry_run:
         job = distill.Job(config)
         job.check()
@@ -104,6 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"nacd: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder without permission
+        if debug:
+            raise
+        print(f"nacd: {error.filename or given[0]}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("nacd: interrupted; the same command goes on from here", file=sys.stderr)

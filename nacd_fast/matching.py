@@ -178,11 +178,12 @@ class Matcher:
         ids: Sequence[str],
         experts: Sequence[Path],
         banned: Tensor,
+        pad_id: int,
     ):
-        self.config, self.student, self.rows, self.ids, self.banned = config, student, rows, ids, banned
+        self.config, self.student, self.rows, self.ids = config, student, rows, ids
+        self.banned, self.pad_id = banned, pad_id
         self.stores = [TrajectoryStore(folder / "trajectory") for folder in experts]
         self.segments = segments(experts, self.stores, config)
-        self.pad_id = 0
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids and labels [B, T] of some kept samples, on the student's device."""
@@ -284,8 +285,7 @@ def prepare(
     check_lengths(ids, rows, [config.prompt_tokens] * len(rows), max_positions(base))
     student = Student(add_lora(base, model, seed=0), checkpointing=config.checkpointing)
     banned = banned_ids(tokenizer, student.embedding.shape[0]).to(student.device)
-    matcher = Matcher(config, student, rows, ids, experts, banned)
-    matcher.pad_id = tokenizer.pad_token_id or 0
+    matcher = Matcher(config, student, rows, ids, experts, banned, tokenizer.pad_token_id or 0)
     student.flatten(matcher.stores[0].read(matcher.segments[0].start))  # the adapters fit the model
     return matcher, (~banned).nonzero().squeeze(-1)
 
@@ -315,9 +315,12 @@ def run(
             )
         with progress_bar(f"matching, seed {seed}", config.iterations, len(learned.curve)) as bar:
             for iteration in range(len(learned.curve), config.iterations):
+                before = learned.generator.get_state()
                 try:
                     numbers = matcher.iterate(learned)
                 except NonFiniteError as error:
+                    learned.generator.set_state(before)
+                    write_atomic(state, save(learned.tensors()))
                     raise NonFiniteError(
                         f"iteration {iteration}: {error}; the last good state is kept in {state}"
                     ) from None

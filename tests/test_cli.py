@@ -1,6 +1,8 @@
 """The command line: settings, help, the plan, and what bad input gets: one sentence, status 2, nothing written."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -125,6 +127,26 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_state(
     assert "nacd: step 2: loss nan" in error and "samples of the batch: x0-" in error
     assert not (here / "run/experts/expert0/manifest.json").exists()
     assert list((here / "run/experts/expert0/work").glob("checkpoint-1/adapter_model.safetensors"))
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
+    recipe: Path, here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.fsync
+
+    def full(file: int) -> None:
+        if list(here.glob("run/selection/seed1/config.json*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert cli.main(["select", "--config", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert error == "nacd: select: No space left on device\n"
+    assert (here / "run/selection/seed0/manifest.json").exists()
+    assert cli.main(["select", "--config", str(recipe)]) == 0
+    assert (here / "run/selection/seed1/manifest.json").exists()
 
 
 def test_other_settings_in_a_finished_folder_are_refused(

@@ -1,6 +1,7 @@
 """Algorithm 1 against a plain create_graph version of it; its guards; its resume."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,21 +156,24 @@ def test_alpha_is_held_at_its_limit(model: ModelConfig, expert: Path, tmp_path: 
 def test_non_finite_loss_names_iteration_step_and_samples_and_keeps_the_last_state(
     model: ModelConfig, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = hashes(matching.run(tmp_path / "whole", model, DATA, MATCH, KEPT, [expert], 0))
     iterate = matching.Matcher.iterate
 
     def poisoned(matcher: matching.Matcher, learned: matching.Learned) -> dict[str, float]:
         if len(learned.curve) == 3:
-            learned.prompts[:] = torch.nan
+            matcher.student.loss = lambda adapters, *batch: torch.nan * sum(t.sum() for t in adapters.values())
         return iterate(matcher, learned)
 
-    monkeypatch.setattr(matching.Matcher, "iterate", poisoned)
-    with pytest.raises(
-        NonFiniteError, match=r"iteration 3: inner step 0 of 3: the loss is nan \(samples x0-\d.*last good state"
-    ):
-        matching.run(tmp_path / "match", model, DATA, MATCH, KEPT, [expert], 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(matching.Matcher, "iterate", poisoned)
+        with pytest.raises(NonFiniteError) as caught:
+            matching.run(tmp_path / "match", model, DATA, MATCH, KEPT, [expert], 0)
+    message = r"iteration 3: inner step 0 of 3: the loss is nan \(samples x0-\d.*last good state is kept in .*state"
+    assert re.search(message, str(caught.value))
     state = matching.Learned.load(tmp_path / "match" / "work" / "state.safetensors", torch.device("cpu"))
-    assert len(state.curve) == 2 and state.prompts.isfinite().all()
+    assert len(state.curve) == 3 and state.prompts.isfinite().all()
     assert not (tmp_path / "match" / "manifest.json").exists()
+    assert hashes(matching.run(tmp_path / "match", model, DATA, MATCH, KEPT, [expert], 0)) == whole
 
 
 @pytest.mark.parametrize(
