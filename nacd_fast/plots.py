@@ -44,7 +44,7 @@ def bare_axes(figure: Figure) -> Axes:
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as one <svg> element: no prolog, metadata, date or group ids; ids of definitions begin with `name`."""
     buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    FigureCanvasSVG(figure).print_svg(buffer)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
