@@ -129,7 +129,7 @@ def test_decoded_prompts_are_text(model: ModelConfig) -> None:
 
 def test_each_prompt_goes_with_its_sample(tmp_path: Path, model: ModelConfig, whole: Path) -> None:
     folder = run(tmp_path / "seed0", model, some_prompts().flip(0))
-    assert log(folder)["epochs"] != log(whole)["epochs"]
+    assert abs(log(folder)["epochs"][0]["train_loss"] - log(whole)["epochs"][0]["train_loss"]) > 1e-3
 
 
 def test_validation_sees_no_prompts(tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
