@@ -55,7 +55,9 @@ def read_cells(path: Path) -> Cells:
 
 
 def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    """Fixed point with a real minus; what rounds to zero has no sign."""
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # stand-in: (CSS variable, fixed colour). The series are told apart by lightness as well as by hue.
 COLOURS = {
@@ -122,6 +123,7 @@ def draw_curves(name: str, title: str, curves: Mapping[str, tuple[Sequence[float
             axes.plot(x, running_mean(y), color=colour, linewidth=1.5, label=label)
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(axis="x", visible=False)
         axes.margins(x=0.01)
         if len(curves) > 1:

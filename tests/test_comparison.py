@@ -86,6 +86,7 @@ def test_row_with_one_seed_stands_against_all(tmp_path: Path) -> None:
 
 def test_numbers() -> None:
     assert comparison.number(-0.0744) == "−0.074" and comparison.number(0.0744, sign=True) == "+0.074"
+    assert comparison.number(-0.0004, sign=True) == comparison.number(0.0004, sign=True) == "0.000"
     assert comparison.spread([1.0, 2.0], 2) == "1.50 ± 0.71" and comparison.spread([1.0], 2) == "1.00"
     assert comparison.interval([-1.0, 2.0], 1, sign=True) == "−1.0 to +2.0" and comparison.interval(None) == "–"
     assert comparison.percent(0.05) == "5\u00a0%"

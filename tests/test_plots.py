@@ -21,6 +21,12 @@ def test_coordinates_are_cut_but_labels_are_not() -> None:
     assert "style>" not in svg and "metadata" not in svg
 
 
+def test_iterations_are_whole() -> None:
+    svg = plots.draw_curves("reg", "L_reg", {"seed 0": ([*range(20)], [1.0] * 20)})
+    assert ">20</text>" in svg or ">16</text>" in svg
+    assert ">2.5</text>" not in svg
+
+
 def test_every_colour_is_replaced() -> None:
     svg = plots.draw_curves("a", "a", {f"seed {i}": ([0, 1], [i, i + 1]) for i in range(6)})
     assert all(stand_in in svg for stand_in in plots.COLOURS)
