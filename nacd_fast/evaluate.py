@@ -9,6 +9,7 @@ vocabulary product, where the model's head allows it. B sequences, T tokens, P s
 """
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -195,3 +196,9 @@ def run(folder: Path, model: ModelConfig, data: DataConfig, config: EvaluateConf
             write_items(folder / "items.parquet", items)
             write_json(folder / "scores.json", summarise(items, config.bootstrap))
     return read_json(folder / "scores.json")
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -8,6 +8,7 @@ import html
 import os
 import platform
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -310,3 +311,9 @@ def run(run_folder: Path) -> Path:
     write_atomic(run_folder / "report.md", text.encode())
     write_atomic(run_folder / "report.html", page.encode())
     return run_folder / "report.html"
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["report", *sys.argv[1:]]))
