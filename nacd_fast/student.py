@@ -126,7 +126,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> PeftMode
             f"model.targets={list(config.targets)}: {config.path} has none of these linear layers, only {sorted(names)}"
         )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore")  # notices of libraries to libraries
         torch.manual_seed(seed)
         lora = LoraConfig(
             r=config.rank,

@@ -159,12 +159,13 @@ def test_non_finite_loss_names_iteration_step_and_samples_and_keeps_the_last_sta
     whole = hashes(matching.run(tmp_path / "whole", model, DATA, MATCH, KEPT, [expert], 0))
     iterate = matching.Matcher.iterate
 
-    def poisoned(matcher: matching.Matcher, learned: matching.Learned) -> dict[str, float]:
-        if len(learned.curve) == 3:
-            matcher.student.loss = lambda adapters, *batch: torch.nan * sum(t.sum() for t in adapters.values())
-        return iterate(matcher, learned)
-
     with monkeypatch.context() as patch:
+
+        def poisoned(matcher: matching.Matcher, learned: matching.Learned) -> dict[str, float]:
+            if len(learned.curve) == 3:
+                patch.setattr(matcher.student, "loss", lambda theta, *_: torch.nan * sum(t.sum() for t in theta.values()))
+            return iterate(matcher, learned)
+
         patch.setattr(matching.Matcher, "iterate", poisoned)
         with pytest.raises(NonFiniteError) as caught:
             matching.run(tmp_path / "match", model, DATA, MATCH, KEPT, [expert], 0)

@@ -1,0 +1,62 @@
+"""Limits are checked where a setting is made; the defaults are the paper's."""
+
+from collections.abc import Callable
+
+import pytest
+
+from nacd_fast.config import (
+    DataConfig,
+    EvaluateConfig,
+    ExpertConfig,
+    MatchConfig,
+    ModelConfig,
+    RunConfig,
+    SelectConfig,
+    TuneConfig,
+)
+from nacd_fast.errors import InputError
+
+
+def test_defaults_are_the_papers() -> None:
+    """Section 4.1: N = 6, M = one epoch, S = 3000, k = 2, T^m = 2, beta = 100; batches 16, 8, 8; 5 %."""
+    config = RunConfig()
+    match = config.match
+    assert (match.inner_steps, match.span_steps, match.iterations, match.prompt_tokens) == (6, 0, 3000, 2)
+    assert (match.max_start_epoch, match.beta, match.prompt_init, match.update) == (2, 100, "mean", "sgd")
+    assert (config.experts.batch, match.batch, config.tune.batch, config.select.fraction) == (16, 8, 8, 0.05)
+    assert config.experts.snapshot_steps == 0  # every epoch
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(rank=0), "model.rank=0: must be from 1 to 256"),
+        (lambda: ModelConfig(lora_alpha=0), "model.lora_alpha=0"),
+        (lambda: ModelConfig(targets=()), "model.targets"),
+        (lambda: DataConfig(max_tokens=7), "data.max_tokens=7: must be at least 8"),
+        (lambda: SelectConfig(fraction=1.1), "select.fraction=1.1"),
+        (lambda: SelectConfig(method="ids"), "select.ids=''"),
+        (lambda: SelectConfig(ids="x"), "select.ids='x'"),
+        (lambda: ExpertConfig(count=0), "experts.count=0"),
+        (lambda: ExpertConfig(epochs=0), "experts.epochs=0"),
+        (lambda: ExpertConfig(batch=0), "experts.batch=0"),
+        (lambda: ExpertConfig(lr=0), "experts.lr=0"),
+        (lambda: ExpertConfig(snapshot_steps=-1), "experts.snapshot_steps=-1"),
+        (lambda: ExpertConfig(max_steps=-1), "experts.max_steps=-1"),
+        (lambda: MatchConfig(prompt_tokens=0), "match.prompt_tokens=0: must be at least 1"),
+        (lambda: MatchConfig(span_steps=-1), "match.span_steps=-1"),
+        (lambda: MatchConfig(prompt_lr=0), "match.prompt_lr=0"),
+        (lambda: MatchConfig(alpha=11), r"match.alpha=11: must be in \(0, alpha_max=10.0\]"),
+        (lambda: MatchConfig(alpha_lr=-1), "match.alpha_lr=-1"),
+        (lambda: MatchConfig(beta=-1), "match.beta=-1"),
+        (lambda: TuneConfig(epochs=0), "tune.epochs=0"),
+        (lambda: TuneConfig(lr=0), "tune.lr=0"),
+        (lambda: EvaluateConfig(batch=0), "evaluate.batch=0"),
+        (lambda: EvaluateConfig(bootstrap=10), "evaluate.bootstrap=10"),
+        (lambda: RunConfig(seeds=()), r"seeds=\(\)"),
+        (lambda: RunConfig(seeds=(1, 1)), "without repetition"),
+    ],
+)
+def test_limits_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()

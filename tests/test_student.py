@@ -1,0 +1,120 @@
+"""Loading, LoRA, and the patched model against the one it was."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from nacd_fast.config import ModelConfig
+from nacd_fast.errors import InputError
+from nacd_fast.student import Student, adapter_state, add_lora, load_adapter_state, load_model
+from tests.tiny import make_model
+
+
+def lora_model(path: str, seed: int = 0, **settings: Any) -> Any:
+    model, _ = load_model(path, device="cpu")
+    return add_lora(model, ModelConfig(path=path, **{"rank": 3, **settings}), seed)
+
+
+@pytest.mark.parametrize("path", ["demo", "demo-sibling"])
+def test_the_embedded_models_load_and_speak(path: str) -> None:
+    model, tokenizer = load_model(path, device="cpu")
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert float(model(ids, labels=ids).loss) < 6
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_patched_loss_equals_transformers(family: str, checkpointing: bool, tmp_path: Path) -> None:
+    path = make_model(tmp_path, family)
+    plain, patched = lora_model(path), lora_model(path)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: 0.1 * torch.randn(t.shape, generator=generator) for name, t in adapter_state(plain).items()}
+    load_adapter_state(plain, state)
+    student = Student(patched, checkpointing=checkpointing)
+    ids = torch.randint(4, 500, (3, 9), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    prompts = 0.1 * torch.randn(3, 2, 32, generator=generator)
+    x = torch.cat([prompts, plain.get_input_embeddings()(ids)], 1)
+    want = plain(inputs_embeds=x, labels=nn.functional.pad(labels, (2, 0), value=-100)).loss
+    got = student.loss(student.unflatten(student.flatten(state)), prompts, ids, labels)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    alone = student.loss(state, None, ids, labels)
+    torch.testing.assert_close(alone, plain(ids, labels=labels).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_flatten_and_unflatten_are_inverse() -> None:
+    student = Student(lora_model("demo"))
+    state = {name: torch.randn(shape) for name, shape in student.shapes.items()}
+    back = student.unflatten(student.flatten(state))
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_adapters_are_float32_zero_in_b_and_drawn_from_the_seed() -> None:
+    states = [adapter_state(lora_model("demo", seed)) for seed in (0, 0, 1)]
+    for name, t in states[0].items():
+        assert t.dtype == torch.float32
+        assert torch.equal(t, states[1][name])
+        assert (not t.any()) if ".lora_B." in name else not torch.equal(t, states[2][name])
+
+
+def test_drawing_adapters_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(5)
+    lora_model("demo", 3)
+    here = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(here, torch.rand(1))
+
+
+def test_dropout_is_off(tmp_path: Path) -> None:
+    model, _ = load_model(make_model(tmp_path, "opt"), device="cpu")  # its config says 0.1
+    ids = torch.arange(4, 12)[None]
+    model.train()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def missing(tmp_path: Path) -> object:
+    return load_model(str(tmp_path / "nowhere"))
+
+
+def no_config(tmp_path: Path) -> object:
+    path = Path(make_model(tmp_path))
+    (path / "config.json").unlink()
+    return load_model(str(path))
+
+
+def too_many_tokens(tmp_path: Path) -> object:
+    from nacd_fast.student import load_tokenizer
+
+    path = make_model(tmp_path)
+    tokenizer = load_tokenizer("demo")
+    tokenizer.add_tokens(["<one>"])
+    tokenizer.save_pretrained(path)
+    return load_model(path)
+
+
+def other_family(tmp_path: Path) -> object:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)).requires_grad_(False)
+    return Student(add_lora(model, ModelConfig(rank=1, targets=("c_attn", "lm_head")), 0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (missing, "nowhere"),
+        (no_config, "no config.json"),
+        (too_many_tokens, "the tokenizer has 2049 tokens, the model only 2048"),
+        (other_family, "model type 'gpt2': matching knows llama, opt"),
+        (lambda _: lora_model("demo", targets=("c_attn",)), r"has none of these linear layers, only \['down_proj'"),
+        (lambda _: load_adapter_state(lora_model("demo"), adapter_state(lora_model("demo", rank=4))), "another rank"),
+    ],
+)
+def test_what_does_not_fit_is_named(call: Callable, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        call(tmp_path)
