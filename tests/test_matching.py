@@ -163,7 +163,7 @@ def test_non_finite_loss_names_iteration_step_and_samples_and_keeps_the_last_sta
 
         def poisoned(matcher: matching.Matcher, learned: matching.Learned) -> dict[str, float]:
             if len(learned.curve) == 3:
-                patch.setattr(matcher.student, "loss", lambda theta, *_: torch.nan * sum(t.sum() for t in theta.values()))
+                patch.setattr(matcher.student, "loss", lambda p, *_: torch.nan * sum(t.sum() for t in p.values()))
             return iterate(matcher, learned)
 
         patch.setattr(matching.Matcher, "iterate", poisoned)
