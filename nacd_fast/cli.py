@@ -3,8 +3,9 @@
     nacd distill --config demo --match.inner_steps 12     # a recipe (a file, or a name from recipes/) and overrides
     nacd match --config my.yaml --dry-run                 # what would be done
 
-`nacd report` renders anew. Flags are generated from the fields of config.py. Bad input is one sentence on stderr and
-exit status 2; --debug shows the traceback. Ctrl-C exits with 130, and the same command goes on where it stopped.
+`nacd report --out RUN` renders its report anew. Flags are generated from the fields of config.py. Bad input is one
+sentence on stderr and exit status 2; --debug shows the traceback. Ctrl-C exits with 130, and the same command goes on
+where it stopped.
 """
 
 import argparse
@@ -26,7 +27,7 @@ HELP = {
     "decode": "up to the distilled set",
     "tune": "up to the tuned models",
     "evaluate": "up to the scores",
-    "report": "up to the report",
+    "report": "the report of a run folder, from what is in it",
 }
 
 
@@ -87,7 +88,7 @@ def be_quiet() -> None:
 
 
 def execute(command: str, config: RunConfig, dry_run: bool) -> None:
-    from . import distill  # torch and transformers load only from here
+    from . import distill, report  # torch and transformers load only from here
 
     be_quiet()
     if dry_run:
@@ -95,7 +96,10 @@ def execute(command: str, config: RunConfig, dry_run: bool) -> None:
         job.check()
         print(distill.to_yaml(config) + "\n" + job.plan())
         return
-    distill.run(config, until="report" if command == "distill" else command)
+    if command == "report":
+        print(f"report: {report.run(Path(config.out))}")
+    else:
+        distill.run(config, until="report" if command == "distill" else command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@
 Special, added, unused and padded rows of the table are never taken. Source: section 3.3 of the paper.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,3 +118,9 @@ def run(folder: Path, model: ModelConfig, examples: Sequence[Example], matched: 
         )
         write_atomic(folder / "README.md", card.encode())
     return folder
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["decode", *sys.argv[1:]]))

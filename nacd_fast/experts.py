@@ -8,6 +8,7 @@ epoch. At step 0 every B is 0, and A is drawn from the expert's seed.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -72,3 +73,9 @@ def run(folder: Path, model: ModelConfig, data: DataConfig, config: ExpertConfig
                            observer=Snapshots(writer, student, periods))
         write_json(folder / "schedule.json", {"steps_per_epoch": per_epoch, "total_steps": steps, "losses": losses})
     return folder
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["experts", *sys.argv[1:]]))

@@ -14,6 +14,7 @@ of updates, so that a prompt first met late is corrected for Adam's zero start a
     <folder>/summary.json          the last alpha, the means of the first and last tenth of the curve
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from .errors import InputError, NonFiniteError
 from .progress import progress_bar
 from .store import TrajectoryStore
 from .student import Student, add_lora, load_model, max_positions
-from .training import check_batch, check_lengths
+from .training import check_batch, check_lengths, data_settings, model_settings
 from .unroll import SGD, AdamW, Update, unrolled_sgd
 
 UPDATES: dict[str, Update] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW()}
@@ -250,14 +251,8 @@ class Matcher:
 
 def settings(model: ModelConfig, data: DataConfig, config: MatchConfig, seed: int) -> dict[str, Any]:
     """What determines the result: neither the device nor how often the state is saved does."""
-    chosen: dict[str, Any] = {
-        "model": asdict(model),
-        "data": {"template": data.template, "max_tokens": data.max_tokens},
-        "match": asdict(config),
-        "seed": seed,
-    }
-    del chosen["model"]["device"], chosen["match"]["save_every"]
-    return chosen
+    match = {name: value for name, value in asdict(config).items() if name != "save_every"}
+    return {"model": model_settings(model), "data": data_settings(data), "match": match, "seed": seed}
 
 
 def check_model(model: ModelConfig, data: DataConfig, config: MatchConfig, examples: Sequence[Example]) -> None:
@@ -343,3 +338,9 @@ def write_outputs(folder: Path, learned: Learned) -> None:
     write_json(
         folder / "summary.json", {"iterations": len(curve), "alpha": float(learned.log_alpha.exp()), "means": means}
     )
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["match", *sys.argv[1:]]))

@@ -10,6 +10,7 @@ Validation samples get no prompts, as nothing that the model is asked later will
 
 import hashlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,9 @@ def run(folder: Path, model: ModelConfig, data: DataConfig, config: TuneConfig, 
                        seed=seed, pad_id=observer.pad_id, work=stage.work, label=f"tune {label}", observer=observer)
         finish(stage, student, model.path, losses, observer)
     return folder
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["tune", *sys.argv[1:]]))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree  # underscored, but what torch.func and its users flatten trees with
 
-from nacd_kernels.twice import bare_tangents
+from nacd_kernels.twice import bare_tangents, refuse
 
 from .errors import NonFiniteError
 
@@ -197,15 +197,17 @@ class _Unroll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sweep: _Sweep, theta: Tensor, lr: Tensor, *values: Any) -> Tensor:
+        ctx.save_for_backward(theta, lr, *(value for value in values if isinstance(value, Tensor)))
+        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in values]
         theta, state = theta.detach(), sweep.update.init(theta.detach())
-        ctx.sweep, ctx.values, ctx.lr, ctx.kept, losses = sweep, values, lr.detach(), [], []
+        ctx.sweep, ctx.kept, losses = sweep, [], []
         keep = any(ctx.needs_input_grad)
         for n, start, stop in bounds(sweep.counts):
             loss, grad = sweep.gradient(theta, n, values[start:stop])
             losses.append(loss)
             if keep:
                 ctx.kept.append((theta, state, None if sweep.update.affine_in_grad else grad))
-            theta, state = sweep.update.step(theta, state, grad, ctx.lr[n], n)
+            theta, state = sweep.update.step(theta, state, grad, lr[n], n)
         ctx.losses = torch.stack(losses).float()
         if not bool(ctx.losses.isfinite().all()):  # the sweep's only wait for the device
             step = int((~ctx.losses.isfinite()).nonzero()[0])
@@ -213,9 +215,18 @@ class _Unroll(torch.autograd.Function):
         return theta
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        sweep, update, lr, values = ctx.sweep, ctx.sweep.update, ctx.lr, ctx.values
+        theta_0, lr, *tensors = ctx.saved_tensors  # raises if one of them was changed in place since
+        queue = iter(tensors)
+        values = [next(queue) if other is None else other[0] for other in ctx.others]
+        with torch.no_grad():
+            results = _Unroll.reverse(ctx, v.detach(), lr.detach(), values)
+        return (None, *refuse("the second derivative through unrolled_sgd", results, (v, theta_0, lr, *tensors)))
+
+    @staticmethod
+    def reverse(ctx: Any, v: Tensor, lr: Tensor, values: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        """The reverse sweep: cotangents of theta_0, lr and every input leaf."""
+        sweep, update = ctx.sweep, ctx.sweep.update
         wanted = [
             isinstance(value, Tensor) and need for value, need in zip(values, ctx.needs_input_grad[3:], strict=True)
         ]
@@ -232,7 +243,7 @@ class _Unroll(torch.autograd.Function):
             back = pull_back(update, n, theta, state, g if grad is None else grad, lr[n], v, d_state)
             v, d_state, d_lr[n] = back.theta + curvature, back.state, back.lr
         check_replay(ctx.losses, torch.stack(replayed).float())
-        return (None, v, d_lr, *d_values)
+        return (v, d_lr, *d_values)
 
 
 class Pulled:

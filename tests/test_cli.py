@@ -105,6 +105,19 @@ def test_unknown_field_in_the_config(recipe: Path, here: Path, capsys: pytest.Ca
     )
 
 
+def test_report_of_a_folder_without_scores(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "no scores.json" in refused(["report", "--out", "empty"], here, capsys)
+
+
+@pytest.mark.parametrize(
+    "module", ["selection", "experts", "matching", "decode", "tune", "evaluate", "report", "distill"]
+)
+def test_every_stage_runs_as_a_module(module: str, here: Path) -> None:
+    command = [sys.executable, "-m", f"nacd_fast.{module}", "--config", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("nacd: --config nope: no such file")
+
+
 def test_unknown_recipe(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert "no recipe of that name (recipes: " in refused(["distill", "--config", "nope"], here, capsys)
 

@@ -275,12 +275,24 @@ def test_random_inner_loss_is_caught() -> None:
         out["w"].sum().backward()
 
 
-def test_second_derivative_through_the_unroll_is_refused() -> None:
+@pytest.mark.parametrize("final", [lambda w: w.square().sum(), lambda w: w.sum()], ids=["curved", "linear"])
+def test_second_derivative_through_the_unroll_is_refused(final: Callable) -> None:
+    """Also where the cotangent is a constant, and only the sweep itself depends on theta."""
     theta, data = toy(2)
     w = theta["w"].requires_grad_()
-    (g,) = torch.autograd.grad(unrolled_sgd(quadratic, theta, 0.1, data)["w"].square().sum(), w, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    (g,) = torch.autograd.grad(final(unrolled_sgd(quadratic, theta, 0.1, data)["w"]), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="the second derivative through unrolled_sgd is not there"):
+        (g.sum() + w.sum()).backward()
+
+
+def test_an_input_changed_in_place_before_the_backward_pass_raises() -> None:
+    theta, data = toy(2)
+    x = data[1][0].requires_grad_()
+    out = unrolled_sgd(quadratic, theta, 0.1, data)["w"].sum()
+    with torch.no_grad():
+        x += 1e-6
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class _Refuse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Tensors:
-        raise RuntimeError(f"a twice-differentiable op has no {ctx.what} derivative")
+        raise RuntimeError(f"{ctx.what} is not there: it would be silently wrong")
 
 
 def refuse_constants(tangents: Tensors) -> None:
@@ -63,7 +63,7 @@ def refuse_constants(tangents: Tensors) -> None:
 
 
 def refuse(what: str, results: Tensors, inputs: Tensors) -> Tensors:
-    """The results, guarded: differentiating them with respect to any of the inputs raises."""
+    """The results, guarded: differentiating them with respect to any of the inputs raises that `what` is not there."""
     sources = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad] if torch.is_grad_enabled() else []
     if not sources:
         return results
@@ -116,7 +116,11 @@ def twice_differentiable(
                 dx_t = backward_jvp(inputs, stats, tangents[:differentiable], stats_t, dy, dy_t, ctx.needs)
                 triples = zip(inputs, dx_t, ctx.needs, strict=False)
                 dx_t = tuple(torch.zeros_like(x) if t is None and need else t for x, t, need in triples)
-            return dx_t if _bare_tangents.get() else refuse("reverse-over-forward", dx_t, (dy, *inputs))
+            return (
+                dx_t
+                if _bare_tangents.get()
+                else refuse("the reverse-over-forward derivative of an op", dx_t, (dy, *inputs))
+            )
 
         @staticmethod
         def backward(ctx: Any, *u: Tensor | None) -> Tensors:
@@ -125,7 +129,7 @@ def twice_differentiable(
             with torch.no_grad():
                 y_t, stats_t = jvp(inputs, stats, u)
                 dx = backward_jvp(inputs, stats, u, stats_t, dy, None, needs)
-            results = refuse("third", (y_t, *dx), (dy, *inputs, *u))
+            results = refuse("the third derivative of an op", (y_t, *dx), (dy, *inputs, *u))
             return (results[0], None, None, *results[1:], *(None for _ in range(len(ctx.is_tensor) - differentiable)))
 
     class Forward(torch.autograd.Function):
@@ -166,7 +170,11 @@ def twice_differentiable(
             with torch.no_grad():
                 y_t, stats_t = jvp(inputs, stats, tangents[:differentiable])
                 results = (y_t, *(torch.zeros_like(x) if t is None else t for x, t in zip(stats, stats_t, strict=True)))
-            return results if _bare_tangents.get() else refuse("reverse-over-forward", results, inputs)
+            return (
+                results
+                if _bare_tangents.get()
+                else refuse("the reverse-over-forward derivative of an op", results, inputs)
+            )
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> Tensors:

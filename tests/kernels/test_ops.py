@@ -173,12 +173,12 @@ def test_what_is_not_there_raises(name: str) -> None:
     x = leaves(name)
     grads = torch.autograd.grad(scalar(CASES[name][0](*x)), x, create_graph=True)
     hessian = torch.autograd.grad(total(grads), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no third derivative"):
+    with pytest.raises(RuntimeError, match="the third derivative of an op is not there"):
         torch.autograd.grad(total(hessian), x)
     with forward_ad.dual_level():
         y = CASES[name][0](*(forward_ad.make_dual(t, torch.ones_like(t)) for t in x))
         tangent = forward_ad.unpack_dual(y).tangent
-        with pytest.raises(RuntimeError, match="no reverse-over-forward derivative"):
+        with pytest.raises(RuntimeError, match="the reverse-over-forward derivative of an op is not there"):
             torch.autograd.grad(tangent.sum(), x)
 
 
