@@ -5,8 +5,11 @@ function of the adapters and the prompts, on the ops of nacd_kernels, whose seco
 fused attention, SiLU and the norms are missing or wrong (DESIGN: one op is four functions).
 """
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -17,6 +20,7 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,10 +40,12 @@ from nacd_kernels import (
     silu_mul,
 )
 
+from .artifacts import file_digest
 from .config import ModelConfig
 from .errors import InputError
 
 DEMO = {"demo": "model", "demo-sibling": "sibling"}
+MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".gguf")
 FAMILIES = ("llama", "opt")
 ADAPTER = "default"
 
@@ -88,6 +94,17 @@ def load_model(
         raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {known}")
     disable_dropout(model)
     return model.requires_grad_(False).to(resolve_device(device)), tokenizer
+
+
+@cache
+def model_digest(path: str) -> str:
+    """What identifies a model's weights and tokenizer: SHA-256 over a folder's files, or a hub model's commit."""
+    where = Path(resolve_model(path))
+    if not where.is_dir():
+        return str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", None))
+    files = sorted(p for p in where.iterdir() if p.suffix in MODEL_FILES)
+    digests = {p.name: file_digest(p) for p in files}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def first_line(error: Exception) -> str:
