@@ -20,8 +20,8 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -96,14 +96,19 @@ def load_model(
     return model.requires_grad_(False).to(resolve_device(device)), tokenizer
 
 
-@cache
 def model_digest(path: str) -> str:
     """What identifies a model's weights and tokenizer: SHA-256 over a folder's files, or a hub model's commit."""
     where = Path(resolve_model(path))
     if not where.is_dir():
         return str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", None))
     files = sorted(p for p in where.iterdir() if p.suffix in MODEL_FILES)
-    digests = {p.name: file_digest(p) for p in files}
+    return _files_digest(tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+
+
+@cache
+def _files_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of names and contents; sizes and times are there to tell the cache of a change."""
+    digests = {path.name: file_digest(path) for path, _, _ in files}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
