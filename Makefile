@@ -44,6 +44,7 @@ demo: build  ## the whole job on the embedded model and data: runs/demo/report.h
 lint: build  ## ruff and mypy over the whole tree
 	@echo "== lint: ruff, mypy"
 	$(PY) -m ruff check --output-format concise .
+	$(PY) -m ruff format --check --output-format concise .
 	$(PY) -m mypy
 
 test: export OMP_NUM_THREADS ?= 1

@@ -35,8 +35,11 @@ class CMakeBuild(build_ext):
         try:
             build_native(Path(self.build_temp).resolve(), target)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            print(f"WARNING: {ext.name} is not built ({error}); nacd_fast works without it, on its Python reference",
-                  file=sys.stderr, flush=True)
+            print(
+                f"WARNING: {ext.name} is not built ({error}); nacd_fast works without it, on its Python reference",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def build_native(build: Path, target: Path) -> None:
@@ -50,9 +53,21 @@ def build_native(build: Path, target: Path) -> None:
     ninja = shutil.which("ninja", path=path)
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     build.mkdir(parents=True, exist_ok=True)
-    subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, "-DCMAKE_BUILD_TYPE=Release",
-                    f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_ROOT={nanobind.cmake_dir()}",
-                    f"-DNACD_MODULE_DIR={target}"], check=True)
+    subprocess.run(
+        [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            *generator,
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dnanobind_ROOT={nanobind.cmake_dir()}",
+            f"-DNACD_MODULE_DIR={target}",
+        ],
+        check=True,
+    )
     subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
 
 

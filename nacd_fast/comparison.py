@@ -22,8 +22,13 @@ Cells = Mapping[str, Mapping[int, Cell]]
 
 TRANSFER = "transfer_"
 NBSP = "\u00a0"  # keeps a number and its sign on one line
-LABELS = {"baseline": "Baseline", "full": "FULL", "random": "Random", "nacd_embeddings": "NACD, embeddings",
-          "nacd_decoded": "NACD, decoded"}
+LABELS = {
+    "baseline": "Baseline",
+    "full": "FULL",
+    "random": "Random",
+    "nacd_embeddings": "NACD, embeddings",
+    "nacd_decoded": "NACD, decoded",
+}
 ORDER = [*LABELS, *(TRANSFER + row for row in LABELS)]
 CLAIMS = {  # row: (set against, subject in the verdict, whether that is one thing)
     "full": ("random", "Training on the full set", True),
@@ -43,8 +48,16 @@ def read_cells(path: Path) -> Cells:
         try:
             seed = int(cell["seed"] or 0)
             found.setdefault(str(cell["row"]), {})[seed] = {
-                "method": "", "model": "", "accuracy": None, "accuracy_interval": None, "nll_interval": None, **cell,
-                "seed": seed, "nll": float(cell["nll"]), "fraction": float(cell["fraction"])}
+                "method": "",
+                "model": "",
+                "accuracy": None,
+                "accuracy_interval": None,
+                "nll_interval": None,
+                **cell,
+                "seed": seed,
+                "nll": float(cell["nll"]),
+                "fraction": float(cell["fraction"]),
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}, row {place}: must have row, seed, fraction and nll ({error!r})") from None
     order = sorted(found, key=lambda row: ORDER.index(row) if row in ORDER else len(ORDER))
@@ -103,8 +116,10 @@ def table(cells: Cells) -> list[dict[str, Any]]:
     groups: dict[tuple[bool, str], list[str]] = {}
     for row in cells:
         groups.setdefault((row.startswith(TRANSFER), str(first(cells, row)["model"])), []).append(row)
-    return [{"model": model, "transfer": transfer, "rows": table_rows(cells, rows)}
-            for (transfer, model), rows in groups.items()]
+    return [
+        {"model": model, "transfer": transfer, "rows": table_rows(cells, rows)}
+        for (transfer, model), rows in groups.items()
+    ]
 
 
 def table_rows(cells: Cells, rows: Sequence[str]) -> list[dict[str, Any]]:
@@ -114,12 +129,19 @@ def table_rows(cells: Cells, rows: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         accuracy, gap = [100 * a for a in values(cells, row, "accuracy")], gap_closed(cells, row)
-        found.append({
-            "row": row, "label": label(cells, row), "percent": percent(first(cells, row)["fraction"]),
-            "nll": spread(values(cells, row, "nll"), 3), "nll_best": row == best_nll,
-            "accuracy": spread(accuracy, 1) if accuracy else "–", "accuracy_best": row == best_accuracy,
-            "gap": "–" if gap is None or row.endswith("baseline") else f"{number(gap, 1)}{NBSP}%",
-            "seeds": len(cells[row])})
+        found.append(
+            {
+                "row": row,
+                "label": label(cells, row),
+                "percent": percent(first(cells, row)["fraction"]),
+                "nll": spread(values(cells, row, "nll"), 3),
+                "nll_best": row == best_nll,
+                "accuracy": spread(accuracy, 1) if accuracy else "–",
+                "accuracy_best": row == best_accuracy,
+                "gap": "–" if gap is None or row.endswith("baseline") else f"{number(gap, 1)}{NBSP}%",
+                "seeds": len(cells[row]),
+            }
+        )
     return found
 
 
@@ -163,8 +185,11 @@ class Claim:
 
 def claims(cells: Cells, scores: Path, resamples: int) -> list[Claim]:
     """Every claim whose two rows were scored. scores: the folder of scores/<row>/seed<s>/items.parquet."""
-    return [compare(cells, row, against, scores, resamples) for row, (against, _, _) in CLAIMS.items()
-            if row in cells and against in cells and paired_seeds(cells, row, against)]
+    return [
+        compare(cells, row, against, scores, resamples)
+        for row, (against, _, _) in CLAIMS.items()
+        if row in cells and against in cells and paired_seeds(cells, row, against)
+    ]
 
 
 def paired_seeds(cells: Cells, row: str, against: str) -> list[tuple[int, int]]:
@@ -178,20 +203,32 @@ def compare(cells: Cells, row: str, against: str, scores: Path, resamples: int) 
     pairs = paired_seeds(cells, row, against)
     mine = [cells[row][a] for a, _ in pairs]
     other = [cells[against][b] for _, b in pairs]
-    files = [[scores / name / f"seed{seed}" / "items.parquet" for seed in seeds]
-             for name, seeds in ((row, [a for a, _ in pairs]), (against, [b for _, b in pairs]))]
-    accuracy = [a["accuracy"] - b["accuracy"] for a, b in zip(mine, other)
-                if a["accuracy"] is not None and b["accuracy"] is not None]
+    files = [
+        [scores / name / f"seed{seed}" / "items.parquet" for seed in seeds]
+        for name, seeds in ((row, [a for a, _ in pairs]), (against, [b for _, b in pairs]))
+    ]
+    accuracy = [
+        a["accuracy"] - b["accuracy"]
+        for a, b in zip(mine, other)
+        if a["accuracy"] is not None and b["accuracy"] is not None
+    ]
     intervals: dict[str, tuple[float, float]] = {}
     if all(file.is_file() for side in files for file in side):
         items = [[read_items(file) for file in side] for side in files]
         for metric in ("nll", "accuracy") if accuracy else ("nll",):
             _, *bounds = paired_difference(*items, metric=metric, resamples=resamples)
             intervals[metric] = (bounds[0], bounds[1])
-    return Claim(row, against, str(mine[0]["model"]),
-                 (float(np.mean([a["nll"] for a in mine])), float(np.mean([b["nll"] for b in other]))),
-                 sum(a["nll"] < b["nll"] for a, b in zip(mine, other)), len(pairs), intervals.get("nll"),
-                 float(np.mean(accuracy)) if accuracy else None, intervals.get("accuracy"))
+    return Claim(
+        row,
+        against,
+        str(mine[0]["model"]),
+        (float(np.mean([a["nll"] for a in mine])), float(np.mean([b["nll"] for b in other]))),
+        sum(a["nll"] < b["nll"] for a, b in zip(mine, other)),
+        len(pairs),
+        intervals.get("nll"),
+        float(np.mean(accuracy)) if accuracy else None,
+        intervals.get("accuracy"),
+    )
 
 
 # The verdict
@@ -201,8 +238,11 @@ def headline(found: Sequence[Claim]) -> str:
     main = next((claim for claim in found if claim.row == "nacd_embeddings"), None)
     if main is None:
         return "No verdict yet"
-    return {"holds": "NACD embeddings beat the raw subset", "failed": "NACD embeddings do not beat the raw subset",
-            "unsure": "NACD embeddings lead the raw subset, within the noise"}[main.outcome]
+    return {
+        "holds": "NACD embeddings beat the raw subset",
+        "failed": "NACD embeddings do not beat the raw subset",
+        "unsure": "NACD embeddings lead the raw subset, within the noise",
+    }[main.outcome]
 
 
 def verdict(cells: Cells, found: Sequence[Claim], selection: str) -> str:
@@ -220,10 +260,12 @@ def sentence(cells: Cells, claim: Claim, selection: str) -> str:
         verb = {"beat": "beats", "do not beat": "does not beat"}[verb]
     seeds = f"{claim.seeds} {'seed' if claim.seeds == 1 else 'seeds'}"
     bounds = f", 95{NBSP}% interval {interval(claim.nll_interval, sign=True)}" if claim.nll_interval else ""
-    text = (f"{subject.format(model=claim.model)} {verb} the raw {share}{selection}"
-            f"{' in the mean, but not beyond doubt' if claim.outcome == 'unsure' else ''}: held-out NLL "
-            f"{number(claim.nll[0])} against {number(claim.nll[1])}, better in {claim.wins} of {seeds} "
-            f"(paired difference {number(claim.difference, sign=True)}{bounds})")
+    text = (
+        f"{subject.format(model=claim.model)} {verb} the raw {share}{selection}"
+        f"{' in the mean, but not beyond doubt' if claim.outcome == 'unsure' else ''}: held-out NLL "
+        f"{number(claim.nll[0])} against {number(claim.nll[1])}, better in {claim.wins} of {seeds} "
+        f"(paired difference {number(claim.difference, sign=True)}{bounds})"
+    )
     if claim.outcome == "failed":
         return text + "; this claim failed."
     gap = gap_closed(cells, claim.row)

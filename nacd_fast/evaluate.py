@@ -65,8 +65,9 @@ def plan_rows(test: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data:
 
     def add(row: Encoded, owner: str) -> int:
         if len(row.input_ids) > limit:
-            raise InputError(f"item {owner!r}: {len(row.input_ids)} tokens, the model takes at most {limit}; "
-                             "lower data.max_tokens")
+            raise InputError(
+                f"item {owner!r}: {len(row.input_ids)} tokens, the model takes at most {limit}; lower data.max_tokens"
+            )
         if all(label == IGNORE for label in row.labels[1:]):
             raise InputError(f"item {owner!r}: no response token to score")
         key = (tuple(row.input_ids), tuple(row.labels))
@@ -111,8 +112,9 @@ def token_losses(model: PreTrainedModel, ids: Tensor, at: Tensor, targets: Tenso
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[at]
     head = model.get_output_embeddings()
     chunk = max(1, LOGIT_ELEMENTS // head.weight.shape[0])
-    return torch.cat([cross_entropy(head(h).float(), t, reduction="none")
-                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+    return torch.cat(
+        [cross_entropy(head(h).float(), t, reduction="none") for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    )
 
 
 @torch.inference_mode()
@@ -128,7 +130,7 @@ def row_nll(model: PreTrainedModel, plan: Plan, batch: int, pad_id: int, label: 
     starts = range(0, len(rows), batch)
     with progress_bar(label, len(starts)) as bar:
         for start in starts:
-            chosen = order[start:start + batch]
+            chosen = order[start : start + batch]
             tensors = collate([rows[i] for i in chosen], pad_id)
             ids, labels = tensors["input_ids"].to(model.device), tensors["labels"][:, 1:].to(model.device)
             at = labels != IGNORE
@@ -142,8 +144,9 @@ def row_nll(model: PreTrainedModel, plan: Plan, batch: int, pad_id: int, label: 
     return sums, tokens
 
 
-def score(model: PreTrainedModel | PeftModel, plan: Plan, test: Sequence[Example], batch: int, pad_id: int,
-          label: str) -> Items:
+def score(
+    model: PreTrainedModel | PeftModel, plan: Plan, test: Sequence[Example], batch: int, pad_id: int, label: str
+) -> Items:
     """NLL of every item's response, and whether its right candidate has the highest average log-likelihood."""
     sums, tokens = row_nll(base_of(model).eval(), plan, batch, pad_id, label)
     correct = np.full(len(test), np.nan)
@@ -174,15 +177,29 @@ def load(model: ModelConfig, adapter: Path | None) -> tuple[PreTrainedModel | Pe
         raise InputError(f"{adapter}: does not fit {model.path} ({first_line(error)})") from None
 
 
-def run(folder: Path, model: ModelConfig, data: DataConfig, config: EvaluateConfig, test: Sequence[Example],
-        adapter: Path | None, label: str) -> dict[str, Any]:
+def run(
+    folder: Path,
+    model: ModelConfig,
+    data: DataConfig,
+    config: EvaluateConfig,
+    test: Sequence[Example],
+    adapter: Path | None,
+    label: str,
+) -> dict[str, Any]:
     """Score one model on `test`; adapter None is the untrained base. Writes items.parquet and scores.json to `folder`.
 
     Returns {"nll", "nll_interval", "accuracy", "accuracy_interval"}. A killed attempt is scored anew: a cell is short.
     """
     check_input(test, adapter)
-    settings = {"label": label, "model": model.path, "dtype": model.dtype, "template": data.template,
-                "max_tokens": data.max_tokens, "batch": config.batch, "bootstrap": config.bootstrap}
+    settings = {
+        "label": label,
+        "model": model.path,
+        "dtype": model.dtype,
+        "template": data.template,
+        "max_tokens": data.max_tokens,
+        "batch": config.batch,
+        "bootstrap": config.bootstrap,
+    }
     inputs = {"test": digest(test)}
     if adapter:
         digests = "".join(file_digest(adapter / name) for name in ADAPTER_FILES)

@@ -52,8 +52,9 @@ def settings(model: ModelConfig, data: DataConfig, config: ExpertConfig, seed: i
     return {"model": model_settings(model), "data": data_settings(data), "experts": chosen, "seed": seed}
 
 
-def run(folder: Path, model: ModelConfig, data: DataConfig, config: ExpertConfig, examples: Sequence[Example],
-        seed: int) -> Path:
+def run(
+    folder: Path, model: ModelConfig, data: DataConfig, config: ExpertConfig, examples: Sequence[Example], seed: int
+) -> Path:
     """Train one expert on `examples`; `seed` draws its adapters and its order of samples. Returns `folder`."""
     check_batch("the full set", len(examples), "experts.batch", config.batch)
     per_epoch = math.ceil(len(examples) / config.batch)
@@ -68,9 +69,19 @@ def run(folder: Path, model: ModelConfig, data: DataConfig, config: ExpertConfig
             return folder
         with TrajectoryWriter(folder / "trajectory") as writer:
             periods = [per_epoch, *filter(None, [config.snapshot_steps])]
-            losses = train(student, samples, optimizer=config.optimizer, lr=config.lr, batch=config.batch, steps=steps,
-                           seed=seed, pad_id=tokenizer.pad_token_id or 0, work=stage.work, label=f"expert {seed}",
-                           observer=Snapshots(writer, student, periods))
+            losses = train(
+                student,
+                samples,
+                optimizer=config.optimizer,
+                lr=config.lr,
+                batch=config.batch,
+                steps=steps,
+                seed=seed,
+                pad_id=tokenizer.pad_token_id or 0,
+                work=stage.work,
+                label=f"expert {seed}",
+                observer=Snapshots(writer, student, periods),
+            )
         write_json(folder / "schedule.json", {"steps_per_epoch": per_epoch, "total_steps": steps, "losses": losses})
     return folder
 

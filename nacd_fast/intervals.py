@@ -44,8 +44,14 @@ class Items:
 def write_items(path: Path, items: Items) -> None:
     """A table of id, nll_sum, tokens, correct (null where there are no choices)."""
     correct = [None if np.isnan(c) else bool(c) for c in items.correct]
-    table = pa.table({"id": pa.array(items.ids, pa.string()), "nll_sum": pa.array(items.nll_sum, pa.float64()),
-                      "tokens": pa.array(items.tokens, pa.int64()), "correct": pa.array(correct, pa.bool_())})
+    table = pa.table(
+        {
+            "id": pa.array(items.ids, pa.string()),
+            "nll_sum": pa.array(items.nll_sum, pa.float64()),
+            "tokens": pa.array(items.tokens, pa.int64()),
+            "correct": pa.array(correct, pa.bool_()),
+        }
+    )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomic(path, buffer.getvalue())
@@ -56,8 +62,12 @@ def read_items(path: Path) -> Items:
     try:
         table = pq.read_table(path, columns=["id", "nll_sum", "tokens", "correct"])
         correct = [np.nan if c is None else float(c) for c in table["correct"].to_pylist()]
-        return Items(tuple(table["id"].to_pylist()), np.array(table["nll_sum"].to_pylist(), np.float64),
-                     np.array(table["tokens"].to_pylist(), np.int64), np.array(correct, np.float64))
+        return Items(
+            tuple(table["id"].to_pylist()),
+            np.array(table["nll_sum"].to_pylist(), np.float64),
+            np.array(table["tokens"].to_pylist(), np.int64),
+            np.array(correct, np.float64),
+        )
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a table of item scores ({str(error).splitlines()[0]})") from None
 
@@ -84,12 +94,19 @@ def summarise(items: Items, resamples: int = RESAMPLES, seed: int = 0) -> dict[s
         a, m = numerator[keep], denominator[keep]
         scores[metric] = float(a.sum() / m.sum()) if len(m) else None
         scores[f"{metric}_interval"] = (
-            list(percentiles([a[i].sum(1) / m[i].sum(1) for i in draws(len(m), resamples, seed)])) if len(m) else None)
+            list(percentiles([a[i].sum(1) / m[i].sum(1) for i in draws(len(m), resamples, seed)])) if len(m) else None
+        )
     return scores
 
 
-def paired_difference(items_a: Sequence[Items], items_b: Sequence[Items], *, metric: str = "nll",
-                      resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float, float]:
+def paired_difference(
+    items_a: Sequence[Items],
+    items_b: Sequence[Items],
+    *,
+    metric: str = "nll",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float, float]:
     """Score of row a less that of row b with its 95 % interval, (mean, low, high), pooled over seeds.
 
     items_a[s], items_b[s]: the items of both rows for one seed. Every seed uses the same draw of items, so the interval
@@ -107,6 +124,8 @@ def paired_difference(items_a: Sequence[Items], items_b: Sequence[Items], *, met
         raise InputError(f"paired difference in {metric}: no item has it in both rows")
     pairs = [(x[keep], m[keep], y[keep], n[keep]) for x, m, y, n in pairs]
     mean = np.mean([x.sum() / m.sum() - y.sum() / n.sum() for x, m, y, n in pairs])
-    drawn = [np.mean([x[i].sum(1) / m[i].sum(1) - y[i].sum(1) / n[i].sum(1) for x, m, y, n in pairs], axis=0)
-             for i in draws(int(keep.sum()), resamples, seed)]
+    drawn = [
+        np.mean([x[i].sum(1) / m[i].sum(1) - y[i].sum(1) / n[i].sum(1) for x, m, y, n in pairs], axis=0)
+        for i in draws(int(keep.sum()), resamples, seed)
+    ]
     return float(mean), *percentiles(drawn)

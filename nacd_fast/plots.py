@@ -18,9 +18,15 @@ from matplotlib.ticker import MaxNLocator
 
 # stand-in: (CSS variable, fixed colour). The series are told apart by lightness as well as by hue.
 COLOURS = {
-    "#010101": ("--ink", "#1b1d22"), "#020202": ("--muted", "#676b75"), "#030303": ("--rule", "#dfe1e6"),
-    "#0000a1": ("--s1", "#1f5fa8"), "#0000a2": ("--s2", "#c4621a"), "#0000a3": ("--s3", "#2f8f83"),
-    "#0000a4": ("--s4", "#8a4fa3"), "#0000a5": ("--s5", "#a08a1c"), "#0000a6": ("--s6", "#5b6b7d"),
+    "#010101": ("--ink", "#1b1d22"),
+    "#020202": ("--muted", "#676b75"),
+    "#030303": ("--rule", "#dfe1e6"),
+    "#0000a1": ("--s1", "#1f5fa8"),
+    "#0000a2": ("--s2", "#c4621a"),
+    "#0000a3": ("--s3", "#2f8f83"),
+    "#0000a4": ("--s4", "#8a4fa3"),
+    "#0000a5": ("--s5", "#a08a1c"),
+    "#0000a6": ("--s6", "#5b6b7d"),
 }
 INK, MUTED, RULE, *SERIES = COLOURS
 PAPER = "#ffffff"
@@ -28,11 +34,24 @@ BINS = 300  # points drawn of a curve: each the mean of its bin
 SMOOTH = 20  # the bold line averages a twentieth of the curve
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "font.size": 9.0, "font.family": "sans-serif", "text.color": INK,
-    "figure.facecolor": "none", "axes.facecolor": "none", "axes.edgecolor": RULE, "axes.labelcolor": MUTED,
-    "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": RULE, "grid.linewidth": 0.6,
-    "axes.formatter.useoffset": False, "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "font.size": 9.0,
+    "font.family": "sans-serif",
+    "text.color": INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "axes.formatter.useoffset": False,
+    "lines.solid_capstyle": "round",
 }
 
 
@@ -47,7 +66,7 @@ def to_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # its `*` rule would reach into the page
     svg = re.sub(r'<g id="[^"]*"/>\s*', "", svg)

@@ -38,16 +38,20 @@ STAGES = (  # name, its folders, what its time grows with (the paper's Table 5)
     ("Instruction tuning", "tuned/*/*", "rows × epochs × samples"),
     ("Evaluation", "scores/*/*", "models × test items"),
 )
-CURVES = (("loss", "L = L_distill + β L_reg"), ("distill", "L_distill"), ("reg", "L_reg"),
-          ("alpha", "α, the student's learning rate"))
+CURVES = (
+    ("loss", "L = L_distill + β L_reg"),
+    ("distill", "L_distill"),
+    ("reg", "L_reg"),
+    ("alpha", "α, the student's learning rate"),
+)
 TRANSFER_ROWS = ("baseline", "random", "nacd_decoded")
 ONCE = ("baseline", "full", TRANSFER + "baseline")  # rows that need no cell for every seed
 DATASET_COLUMNS = ("id", "source", "messages", "prompt_ids", "prompt_text", "distance")
 BACKEND = "PyTorch reference ops (nacd_kernels)"  # there is no other yet
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
-SAMPLES = 6         # decoded samples shown of each seed
+SAMPLES = 6  # decoded samples shown of each seed
 SAMPLE_CHARS = 900  # shown of a turn
-SOURCES = 12        # sources in the table; the others are counted together
+SOURCES = 12  # sources in the table; the others are counted together
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,10 @@ def figures(run: Run) -> dict[str, tuple[str, str]]:
     found = {"scores": (plots.draw_scores(dots, "held-out NLL, nats a token"), "Held-out NLL by row, a dot a seed")}
     curves = {seed: read_curve(path) for seed, path in run.seed_folders("matching", "curve.json").items()}
     for name, title in CURVES:
-        lines = {f"seed {seed}": ([p["iteration"] for p in points if name in p], [p[name] for p in points if name in p])
-                 for seed, points in curves.items()}
+        lines = {
+            f"seed {seed}": ([p["iteration"] for p in points if name in p], [p[name] for p in points if name in p])
+            for seed, points in curves.items()
+        }
         lines = {seed: line for seed, line in lines.items() if line[0]}
         if lines:
             found[name] = (plots.draw_curves(name, title, lines), f"{title} by iteration of the distillation")
@@ -143,15 +149,21 @@ def read_dataset(path: Path) -> list[dict[str, Any]]:
     try:
         return pq.read_table(path, columns=list(DATASET_COLUMNS)).to_pylist()
     except (OSError, pa.ArrowException, KeyError) as error:
-        raise InputError(f"{path}: not a distilled set, which has the columns {', '.join(DATASET_COLUMNS)} "
-                         f"({str(error).splitlines()[0]})") from None
+        raise InputError(
+            f"{path}: not a distilled set, which has the columns {', '.join(DATASET_COLUMNS)} "
+            f"({str(error).splitlines()[0]})"
+        ) from None
 
 
 def sample(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """One distilled sample as the paper's Figure 3 shows it: pseudo tokens, then the original turns."""
     tokens = [tokenizer.decode([i]) for i in row["prompt_ids"]] if tokenizer else [row["prompt_text"]]
-    return {"source": row["source"], "prompt": tokens, "distance": ", ".join(number(d) for d in row["distance"]),
-            "turns": [(turn["role"].capitalize(), clip(turn["content"])) for turn in row["messages"]]}
+    return {
+        "source": row["source"],
+        "prompt": tokens,
+        "distance": ", ".join(number(d) for d in row["distance"]),
+        "turns": [(turn["role"].capitalize(), clip(turn["content"])) for turn in row["messages"]],
+    }
 
 
 def tokenizer_of(run: Run) -> PreTrainedTokenizerBase | None:
@@ -190,8 +202,16 @@ def cost_table(run: Run) -> list[dict[str, str]]:
             run.missing.append(f"{pattern.split('/')[0]}: no timing.")
             continue
         spent, most = [float(t["seconds"]) for t in timings], max(int(t["peak_bytes"]) for t in timings)
-        lines.append({"name": name, "cells": str(len(timings)), "time": duration(sum(spent)),
-                      "longest": duration(max(spent)), "peak": size(most), "grows": grows})
+        lines.append(
+            {
+                "name": name,
+                "cells": str(len(timings)),
+                "time": duration(sum(spent)),
+                "longest": duration(max(spent)),
+                "peak": size(most),
+                "grows": grows,
+            }
+        )
         seconds, peak = seconds + sum(spent), max(peak, most)
     total = {"name": "All", "cells": "", "time": duration(seconds), "longest": "", "peak": size(peak), "grows": ""}
     return [*lines, total] if lines else []
@@ -245,14 +265,24 @@ def context(run: Run) -> dict[str, Any]:
     note_missing(run)
     costs = cost_table(run)
     return {
-        "name": run.folder.resolve().name, "headline": comparison.headline(found),
-        "verdict": comparison.verdict(run.cells, found, selection), "groups": comparison.table(run.cells),
-        "claims": [claim_line(run, claim) for claim in found], "cells": [cell_line(run, row) for row in run.cells],
-        "seeds": run.seeds, "fractions": sorted({c["fraction"] for row in run.cells.values() for c in row.values()}),
+        "name": run.folder.resolve().name,
+        "headline": comparison.headline(found),
+        "verdict": comparison.verdict(run.cells, found, selection),
+        "groups": comparison.table(run.cells),
+        "claims": [claim_line(run, claim) for claim in found],
+        "cells": [cell_line(run, row) for row in run.cells],
+        "seeds": run.seeds,
+        "fractions": sorted({c["fraction"] for row in run.cells.values() for c in row.values()}),
         "samples": {seed: [sample(row, tokenizer) for row in rows[:SAMPLES]] for seed, rows in sets.items()},
-        "source_seeds": list(sets), "sources": source_table(sets) if sets else [], "costs": costs,
-        "environment": environment(), "settings": run.settings_text.rstrip(), "selection": selection,
-        "missing": run.missing, "model": run.setting("model.path", ""), "beta": run.setting("match.beta", None),
+        "source_seeds": list(sets),
+        "sources": source_table(sets) if sets else [],
+        "costs": costs,
+        "environment": environment(),
+        "settings": run.settings_text.rstrip(),
+        "selection": selection,
+        "missing": run.missing,
+        "model": run.setting("model.path", ""),
+        "beta": run.setting("match.beta", None),
     }
 
 
@@ -260,20 +290,30 @@ def claim_line(run: Run, claim: comparison.Claim) -> dict[str, str]:
     points = None if claim.accuracy_interval is None else [100 * bound for bound in claim.accuracy_interval]
     row, against = label(run.cells, claim.row), label(run.cells, claim.against)
     return {
-        "claim": f"{row} better than {against}", "outcome": claim.outcome,
-        "model": claim.model if claim.row.startswith(TRANSFER) else "", "wins": f"{claim.wins} of {claim.seeds}",
-        "nll": number(claim.difference, sign=True), "nll_interval": interval(claim.nll_interval, sign=True),
+        "claim": f"{row} better than {against}",
+        "outcome": claim.outcome,
+        "model": claim.model if claim.row.startswith(TRANSFER) else "",
+        "wins": f"{claim.wins} of {claim.seeds}",
+        "nll": number(claim.difference, sign=True),
+        "nll_interval": interval(claim.nll_interval, sign=True),
         "accuracy": "–" if claim.accuracy is None else number(100 * claim.accuracy, 1, sign=True),
-        "accuracy_interval": interval(points, 1, sign=True)}
+        "accuracy_interval": interval(points, 1, sign=True),
+    }
 
 
 def cell_line(run: Run, row: str) -> dict[str, Any]:
     lines = []
     for seed, cell in run.cells[row].items():
         accuracy, bounds = cell["accuracy"], cell["accuracy_interval"]
-        lines.append({"seed": seed, "nll": number(cell["nll"]), "nll_interval": interval(cell["nll_interval"]),
-                      "accuracy": "–" if accuracy is None else number(100 * accuracy, 1),
-                      "accuracy_interval": interval(bounds and [100 * bound for bound in bounds], 1)})
+        lines.append(
+            {
+                "seed": seed,
+                "nll": number(cell["nll"]),
+                "nll_interval": interval(cell["nll_interval"]),
+                "accuracy": "–" if accuracy is None else number(100 * accuracy, 1),
+                "accuracy_interval": interval(bounds and [100 * bound for bound in bounds], 1),
+            }
+        )
     where = f" on {comparison.first(run.cells, row)['model']}" if row.startswith(TRANSFER) else ""
     return {"label": label(run.cells, row) + where, "seeds": lines}
 
@@ -292,8 +332,14 @@ def fenced(text: str) -> str:
 
 def render(name: str, escape: bool, values: Mapping[str, Any]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    env = jinja2.Environment(loader=loader, autoescape=escape, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                             lstrip_blocks=True, keep_trailing_newline=True)
+    env = jinja2.Environment(
+        loader=loader,
+        autoescape=escape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     env.filters.update(md=markdown, fenced=fenced)
     return env.get_template(name).render(**values)
 

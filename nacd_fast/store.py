@@ -51,12 +51,15 @@ def is_count(value: Any, limit: int) -> bool:
 
 def check_index(path: Path, index: Any) -> None:
     """Raise InputError unless `index` has the form in the module's docstring, with strictly increasing steps."""
+
     def require(ok: bool, what: str) -> None:
         if not ok:
             raise InputError(f"{path}: {what}, not the index of a trajectory")
 
-    require(isinstance(index, dict) and index.keys() == {"version", "tensors", "snapshots"},
-            "must have the keys version, tensors and snapshots")
+    require(
+        isinstance(index, dict) and index.keys() == {"version", "tensors", "snapshots"},
+        "must have the keys version, tensors and snapshots",
+    )
     require(index["version"] == VERSION, f"version {index['version']!r}, must be {VERSION}")
     require(isinstance(index["tensors"], dict), "tensors must be an object")
     for name, shape in index["tensors"].items():
@@ -79,7 +82,8 @@ class TrajectoryStore:
         try:
             index = read_json(folder / INDEX)
         except (OSError, RecursionError, ValueError) as error:
-            if isinstance(error, InputError): raise
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{folder / INDEX}: not JSON ({error})") from None
         check_index(folder / INDEX, index)
         self.shapes: Shapes = index["tensors"]
@@ -164,8 +168,9 @@ class TrajectoryWriter:
     def __enter__(self) -> "TrajectoryWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass  # nothing is held open: append leaves the trajectory whole
 
     @property

@@ -39,14 +39,15 @@ from .errors import InputError, NonFiniteError
 from .progress import Bar, progress_bar
 from .student import adapter_parameters
 
-SAVE_SECONDS = 20.0     # between two resumable states
-SHOW_SECONDS = 0.25     # between two updates of the progress bar: reading the peak memory costs as much as a tiny step
+SAVE_SECONDS = 20.0  # between two resumable states
+SHOW_SECONDS = 0.25  # between two updates of the progress bar: reading the peak memory costs as much as a tiny step
 MARKER = "complete.json"
 
 OptimizerName = Literal["adamw", "sgd"]
 
 
 # --- what a stage's result depends on ---------------------------------------------------------------------------------
+
 
 def model_settings(model: ModelConfig) -> dict[str, Any]:
     """All but the device: a result made on another one is as good."""
@@ -59,6 +60,7 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -73,8 +75,10 @@ def check_lengths(ids: Sequence[str], rows: Sequence[Encoded], k: Sequence[int],
     """Raise InputError if a sample behind its k prompt tokens is longer than the model's `limit` positions."""
     for name, row, tokens in zip(ids, rows, k, strict=True):
         if tokens + len(row.input_ids) > limit:
-            raise InputError(f"sample {name!r}: k={tokens} prompt tokens and {len(row.input_ids)} of its own, the "
-                             f"model takes at most {limit} in all; lower data.max_tokens")
+            raise InputError(
+                f"sample {name!r}: k={tokens} prompt tokens and {len(row.input_ids)} of its own, the "
+                f"model takes at most {limit} in all; lower data.max_tokens"
+            )
 
 
 def check_batch(name: str, samples: int, setting: str, batch: int) -> None:
@@ -103,7 +107,7 @@ class Batches(Dataset):
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples.rows))
-        return self.order[place * self.batch:(place + 1) * self.batch].tolist()
+        return self.order[place * self.batch : (place + 1) * self.batch].tolist()
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         indices = self.indices(step)
@@ -114,6 +118,7 @@ class Batches(Dataset):
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
+
 
 def token_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, prompts: Tensor | None = None) -> Tensor:
     """-log p of every supervised token: [P] float32.
@@ -148,13 +153,14 @@ def mean_nll(model: PeftModel, rows: Sequence[Encoded], batch: int, pad_id: int)
     base, total, tokens = base_model(model), 0.0, 0
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     for start in range(0, len(order), batch):
-        tensors = collate([rows[i] for i in order[start:start + batch]], pad_id)
+        tensors = collate([rows[i] for i in order[start : start + batch]], pad_id)
         losses = token_losses(base, tensors["input_ids"].to(base.device), tensors["labels"].to(base.device))
         total, tokens = total + losses.double().sum().item(), tokens + losses.numel()
     return total / tokens
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
+
 
 def mark(checkpoint: Path, losses: list[float]) -> None:
     """Declare a checkpoint whole."""
@@ -190,6 +196,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
+
 
 class Observer:
     """What a stage does beside the steps."""
@@ -239,8 +246,9 @@ class AdapterTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(self.batches, batch_size=1, collate_fn=lambda items: items[0])
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Tensor:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
         return token_losses(self.base, **inputs).mean()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -263,8 +271,10 @@ class AdapterTrainer(Trainer):
             self.callback_handler.on_save(self.args, self.state, self.control)
             kept = f"the state before it is in {self.args.output_dir}/checkpoint-{step}"
         ids = [self.batches.samples.ids[i] for i in self.batches.indices(step)]
-        raise NonFiniteError(f"step {step + 1}: loss {loss} and gradient norm {norm} must be finite; samples of the "
-                             f"batch: {', '.join(ids)}; {kept}")
+        raise NonFiniteError(
+            f"step {step + 1}: loss {loss} and gradient norm {norm} must be finite; samples of the "
+            f"batch: {', '.join(ids)}; {kept}"
+        )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's count walks all modules in every step
@@ -286,13 +296,27 @@ def make_optimizer(name: OptimizerName, parameters: list[nn.Parameter], lr: floa
 def make_arguments(work: Path, device: torch.device, steps: int, seed: int) -> TrainingArguments:
     """One process, one device, nothing printed, nothing reported, nothing in the background."""
     if device.type == "cuda" and device.index not in (None, 0):
-        raise InputError(f"model.device={str(device)!r}: must be cuda:0, the only one that the Trainer uses; choose "
-                         "another GPU with CUDA_VISIBLE_DEVICES")
+        raise InputError(
+            f"model.device={str(device)!r}: must be cuda:0, the only one that the Trainer uses; choose "
+            "another GPU with CUDA_VISIBLE_DEVICES"
+        )
     arguments = TrainingArguments(
-        output_dir=str(work), use_cpu=device.type == "cpu", max_steps=steps, per_device_train_batch_size=1, seed=seed,
-        lr_scheduler_type="constant", max_grad_norm=0.0,
-        save_strategy="no", eval_strategy="no", logging_strategy="no", logging_nan_inf_filter=False,
-        report_to="none", disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False)
+        output_dir=str(work),
+        use_cpu=device.type == "cpu",
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        seed=seed,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer splits batches over all visible GPUs
     return arguments
 
@@ -309,8 +333,20 @@ def deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def train(model: PeftModel, samples: Samples, *, optimizer: OptimizerName, lr: float, batch: int, steps: int,
-          seed: int, pad_id: int, work: Path, label: str, observer: Observer) -> list[float]:
+def train(
+    model: PeftModel,
+    samples: Samples,
+    *,
+    optimizer: OptimizerName,
+    lr: float,
+    batch: int,
+    steps: int,
+    seed: int,
+    pad_id: int,
+    work: Path,
+    label: str,
+    observer: Observer,
+) -> list[float]:
     """Make `steps` optimiser steps on the adapters, from the last checkpoint below `work` if there is one.
 
     Calls observer.begin once and observer.after after each step; the model then holds that step's adapters. Returns the
@@ -323,7 +359,8 @@ def train(model: PeftModel, samples: Samples, *, optimizer: OptimizerName, lr: f
     batches = Batches(samples, batch, steps, seed, pad_id)
     rule = make_optimizer(optimizer, list(adapter_parameters(model).values()), lr)
     with progress_bar(label, steps, len(losses)) as bar, deterministic(model.device):
-        trainer = AdapterTrainer(model, batches, losses, args=arguments, optimizers=(rule, None),
-                                 callbacks=[Follow(observer, bar, losses)])
+        trainer = AdapterTrainer(
+            model, batches, losses, args=arguments, optimizers=(rule, None), callbacks=[Follow(observer, bar, losses)]
+        )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return losses

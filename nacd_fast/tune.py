@@ -43,6 +43,7 @@ VALIDATION_BATCH = 32
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
+
 def check_prompts(prompts: Prompts, samples: int, width: int) -> None:
     """Raise InputError unless there is one prompt a sample; embeddings [n, k, D] are finite, k >= 1 and D = width."""
     if prompts is None:
@@ -75,8 +76,9 @@ def put_in_front(texts: Sequence[str], rows: Sequence[Encoded], tokenizer: PreTr
     return [Encoded([*p, *row.input_ids], [IGNORE] * len(p) + row.labels) for p, row in zip(ids, rows, strict=True)]
 
 
-def prepare(train_set: Sequence[Example], rows: list[Encoded], prompts: Prompts, tokenizer: PreTrainedTokenizerBase,
-            limit: int) -> Samples:
+def prepare(
+    train_set: Sequence[Example], rows: list[Encoded], prompts: Prompts, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> Samples:
     """The training samples with their prompts. Raises InputError beyond the model's `limit` positions."""
     ids = [e.id for e in train_set]
     if prompts is None or isinstance(prompts, Tensor):
@@ -88,6 +90,7 @@ def prepare(train_set: Sequence[Example], rows: list[Encoded], prompts: Prompts,
 
 
 # --- epochs -----------------------------------------------------------------------------------------------------------
+
 
 class Validation(Observer):
     """After each epoch: the validation NLL, and the adapters kept in `work` until the best epoch is known."""
@@ -131,19 +134,34 @@ def finish(stage: Stage, model: PeftModel, path: str, losses: list[float], valid
     best = min(range(len(nll)), key=nll.__getitem__) + 1
     load_adapter_state(model, TrajectoryStore(validation.writer.folder).read(best))
     export_adapter(model, path, stage.work, stage.folder / "adapter")
-    train_loss = [math.fsum(losses[e * per_epoch:(e + 1) * per_epoch]) / per_epoch for e in range(len(nll))]
+    train_loss = [math.fsum(losses[e * per_epoch : (e + 1) * per_epoch]) / per_epoch for e in range(len(nll))]
     epochs = [{"epoch": e + 1, "train_loss": train_loss[e], "validation_nll": nll[e]} for e in range(len(nll))]
     write_json(stage.folder / "log.json", {"epochs": epochs, "best_epoch": best, "steps_per_epoch": per_epoch})
 
 
 def settings(model: ModelConfig, data: DataConfig, config: TuneConfig, epochs: int, seed: int) -> dict[str, Any]:
-    return {"model": model_settings(model), "data": data_settings(data), "seed": seed,
-            "tune": {"epochs": epochs, "batch": config.batch, "lr": config.lr}}
+    return {
+        "model": model_settings(model),
+        "data": data_settings(data),
+        "seed": seed,
+        "tune": {"epochs": epochs, "batch": config.batch, "lr": config.lr},
+    }
 
 
-def run(folder: Path, model: ModelConfig, data: DataConfig, config: TuneConfig, train_set: Sequence[Example],
-        validation: Sequence[Example], seed: int, *, epochs: int, prompts: Prompts = None,
-        inputs: Mapping[str, str] | None = None, label: str) -> Path:
+def run(
+    folder: Path,
+    model: ModelConfig,
+    data: DataConfig,
+    config: TuneConfig,
+    train_set: Sequence[Example],
+    validation: Sequence[Example],
+    seed: int,
+    *,
+    epochs: int,
+    prompts: Prompts = None,
+    inputs: Mapping[str, str] | None = None,
+    label: str,
+) -> Path:
     """Tune fresh adapters on `train_set` and keep the best epoch. Returns `folder`.
 
     prompts: embeddings [n, k, D], or n texts; the i-th goes in front of train_set[i]. inputs: digests of what the
@@ -166,8 +184,19 @@ def run(folder: Path, model: ModelConfig, data: DataConfig, config: TuneConfig, 
         if stage.finished:
             return folder
         observer = Validation(stage.work, student, held_out, per_epoch, tokenizer.pad_token_id or 0)
-        losses = train(student, samples, optimizer="adamw", lr=config.lr, batch=config.batch, steps=epochs * per_epoch,
-                       seed=seed, pad_id=observer.pad_id, work=stage.work, label=f"tune {label}", observer=observer)
+        losses = train(
+            student,
+            samples,
+            optimizer="adamw",
+            lr=config.lr,
+            batch=config.batch,
+            steps=epochs * per_epoch,
+            seed=seed,
+            pad_id=observer.pad_id,
+            work=stage.work,
+            label=f"tune {label}",
+            observer=observer,
+        )
         finish(stage, student, model.path, losses, observer)
     return folder
 

@@ -12,8 +12,15 @@ from nacd_fast.intervals import Items, summarise, write_items
 
 
 def cell(row: str, seed: int | None, nll: float, fraction: float = 0.05, accuracy: float = 0.5) -> dict[str, Any]:
-    return {"row": row, "method": row, "model": "m", "fraction": fraction, "seed": seed, "nll": nll,
-            "accuracy": accuracy}
+    return {
+        "row": row,
+        "method": row,
+        "model": "m",
+        "fraction": fraction,
+        "seed": seed,
+        "nll": nll,
+        "accuracy": accuracy,
+    }
 
 
 def read(tmp_path: Path, *cells: dict[str, Any]) -> comparison.Cells:
@@ -22,16 +29,27 @@ def read(tmp_path: Path, *cells: dict[str, Any]) -> comparison.Cells:
 
 
 def test_rows_and_seeds_are_in_order(tmp_path: Path) -> None:
-    cells = read(tmp_path, cell("less", 0, 1), cell("transfer_random", 1, 1), cell("random", 1, 2),
-                 cell("random", 0, 3), cell("baseline", None, 4, 0.0))
+    cells = read(
+        tmp_path,
+        cell("less", 0, 1),
+        cell("transfer_random", 1, 1),
+        cell("random", 1, 2),
+        cell("random", 0, 3),
+        cell("baseline", None, 4, 0.0),
+    )
     assert list(cells) == ["baseline", "random", "transfer_random", "less"]
     assert list(cells["random"]) == [0, 1] and list(cells["baseline"]) == [0]
     assert comparison.label(cells, "less") == "less"
 
 
 def test_gap_closed(tmp_path: Path) -> None:
-    cells = read(tmp_path, cell("full", 0, 2.0, 1.0), cell("random", 0, 4.0), cell("nacd_embeddings", 0, 3.5),
-                 cell("nacd_decoded", 0, 4.1))
+    cells = read(
+        tmp_path,
+        cell("full", 0, 2.0, 1.0),
+        cell("random", 0, 4.0),
+        cell("nacd_embeddings", 0, 3.5),
+        cell("nacd_decoded", 0, 4.1),
+    )
     assert comparison.gap_closed(cells, "nacd_embeddings") == pytest.approx(25)
     assert comparison.gap_closed(cells, "nacd_decoded") == pytest.approx(-5)
     worse = read(tmp_path, cell("full", 0, 4.5, 1.0), cell("random", 0, 4.0), cell("nacd_embeddings", 0, 3.5))
@@ -39,19 +57,23 @@ def test_gap_closed(tmp_path: Path) -> None:
 
 
 def test_best_is_among_rows_on_part_of_the_data(tmp_path: Path) -> None:
-    cells = read(tmp_path, cell("full", 0, 2.0, 1.0, 0.9), cell("random", 0, 4.0, accuracy=0.6),
-                 cell("nacd_decoded", 0, 3.5))
+    cells = read(
+        tmp_path, cell("full", 0, 2.0, 1.0, 0.9), cell("random", 0, 4.0, accuracy=0.6), cell("nacd_decoded", 0, 3.5)
+    )
     rows = {row["row"]: row for row in comparison.table(cells)[0]["rows"]}
     assert [name for name, row in rows.items() if row["nll_best"]] == ["nacd_decoded"]
     assert [name for name, row in rows.items() if row["accuracy_best"]] == ["random"]
 
 
-@pytest.mark.parametrize(("shift", "noise", "outcome", "words"), [
-    (-0.2, 0.1, "holds", "The NACD embeddings beat the raw"),
-    (-0.005, 1.0, "unsure", "in the mean, but not beyond doubt"),
-    (0.2, 0.1, "failed", "do not beat"),
-    (0.0, 0.0, "failed", "do not beat"),
-])
+@pytest.mark.parametrize(
+    ("shift", "noise", "outcome", "words"),
+    [
+        (-0.2, 0.1, "holds", "The NACD embeddings beat the raw"),
+        (-0.005, 1.0, "unsure", "in the mean, but not beyond doubt"),
+        (0.2, 0.1, "failed", "do not beat"),
+        (0.0, 0.0, "failed", "do not beat"),
+    ],
+)
 def test_outcomes(tmp_path: Path, shift: float, noise: float, outcome: str, words: str) -> None:
     generator = np.random.default_rng(0)
     tokens = np.full(100, 4)
@@ -66,7 +88,7 @@ def test_outcomes(tmp_path: Path, shift: float, noise: float, outcome: str, word
             write_items(tmp_path / "scores" / row / f"seed{seed}" / "items.parquet", items)
             rows.append({**cell(row, seed, 0), **summarise(items, 200)})
     cells = read(tmp_path, *rows)
-    claim, = comparison.claims(cells, tmp_path / "scores", 200)
+    (claim,) = comparison.claims(cells, tmp_path / "scores", 200)
     assert claim.outcome == outcome and claim.seeds == 2 and claim.wins == (2 if shift < 0 else 0)
     assert claim.difference == pytest.approx(shift, abs=1e-9)
     assert claim.accuracy is not None and claim.accuracy_interval is not None
@@ -78,7 +100,7 @@ def test_outcomes(tmp_path: Path, shift: float, noise: float, outcome: str, word
 
 def test_row_with_one_seed_stands_against_all(tmp_path: Path) -> None:
     cells = read(tmp_path, cell("full", 0, 2.0, 1.0), *(cell("random", s, 4.0 + s) for s in range(3)))
-    claim, = comparison.claims(cells, tmp_path / "scores", 200)
+    (claim,) = comparison.claims(cells, tmp_path / "scores", 200)
     assert claim.seeds == 3 and claim.wins == 3 and claim.nll == (2.0, 5.0) and claim.nll_interval is None
     cells = read(tmp_path, *(cell("full", s, 2.0, 1.0) for s in (1, 2)), *(cell("random", s, 4.0) for s in (0, 1)))
     assert comparison.claims(cells, tmp_path / "scores", 200)[0].seeds == 1

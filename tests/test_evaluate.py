@@ -33,13 +33,27 @@ SMALL: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_
 def build(family: str, vocab: int) -> PreTrainedModel:
     torch.manual_seed(0)
     if family == "llama":  # grouped-query heads, tied embeddings
-        return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, intermediate_size=48, num_key_value_heads=2,
-                                            tie_word_embeddings=True, **SMALL))
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True, **SMALL
+            )
+        )
     if family == "opt":  # with OPT-350M's projections between embedding and decoder
-        return OPTForCausalLM(OPTConfig(vocab_size=vocab, ffn_dim=48, word_embed_proj_dim=16, dropout=0.1,
-                                        do_layer_norm_before=False, **SMALL))
-    return Gemma2ForCausalLM(Gemma2Config(vocab_size=vocab, intermediate_size=48, num_key_value_heads=2, head_dim=8,
-                                          final_logit_softcapping=0.5, **SMALL))
+        return OPTForCausalLM(
+            OPTConfig(
+                vocab_size=vocab, ffn_dim=48, word_embed_proj_dim=16, dropout=0.1, do_layer_norm_before=False, **SMALL
+            )
+        )
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=vocab,
+            intermediate_size=48,
+            num_key_value_heads=2,
+            head_dim=8,
+            final_logit_softcapping=0.5,
+            **SMALL,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +79,15 @@ def test_set() -> list[Example]:
     return [*short[:9], two_turns, replace(short[10], choices=(), answer=None)]
 
 
-def score(folder: Path, model: ModelConfig, test: list[Example], adapter: Path | None = None,
-          batch: int = 4) -> dict[str, Any]:
+def score(
+    folder: Path, model: ModelConfig, test: list[Example], adapter: Path | None = None, batch: int = 4
+) -> dict[str, Any]:
     return evaluate.run(folder, model, DATA, EvaluateConfig(batch=batch, bootstrap=200), test, adapter, "a row")
 
 
-def plain_nll(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase,
-              example: Example) -> tuple[float, int]:
+def plain_nll(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, example: Example
+) -> tuple[float, int]:
     """Hugging Face's loss of one sample by itself: its sum and its tokens."""
     row = encode(example, tokenizer, DATA)
     with torch.no_grad():
@@ -175,21 +191,22 @@ def test_batches_do_not_matter_and_bytes_repeat(models: Path, test_set: list[Exa
     np.testing.assert_array_equal(a.correct, c.correct)
 
 
-def test_finished_cell_is_reused(models: Path, test_set: list[Example], tmp_path: Path,
-                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cell_is_reused(
+    models: Path, test_set: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = ModelConfig(path=str(models / "opt"))
     first = score(tmp_path / "cell", config, test_set)
     monkeypatch.setattr(evaluate, "load_model", None)
     assert score(tmp_path / "cell", config, test_set) == first
 
 
-def test_chunks_of_logits(models: Path, test_set: list[Example], tmp_path: Path,
-                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_logits(
+    models: Path, test_set: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = ModelConfig(path=str(models / "llama"))
     whole = score(tmp_path / "whole", config, test_set)
     monkeypatch.setattr(evaluate, "LOGIT_ELEMENTS", 3 * 2048)
-    assert score(tmp_path / "chunks", config, test_set)["nll"] == pytest.approx(
-        whole["nll"], rel=1e-6)
+    assert score(tmp_path / "chunks", config, test_set)["nll"] == pytest.approx(whole["nll"], rel=1e-6)
 
 
 def test_not_finite_names_the_item(models: Path, test_set: list[Example], tmp_path: Path) -> None:

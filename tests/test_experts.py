@@ -20,7 +20,7 @@ from tests.tiny import POSITIONS, at_call, kill_self, make_examples, make_model,
 
 DATA = DataConfig(max_tokens=48)
 CONFIG = ExpertConfig(epochs=3, batch=4, lr=1e-2, snapshot_steps=4)
-EXAMPLES = make_examples(22)   # 6 steps an epoch, the last one of 2 samples
+EXAMPLES = make_examples(22)  # 6 steps an epoch, the last one of 2 samples
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return ModelConfig(path=make_model(tmp_path_factory.mktemp("llama")), rank=4, device="cpu")
 
 
-def run(folder: Path, model: ModelConfig, config: ExpertConfig = CONFIG, examples: list[Example] = EXAMPLES,
-        seed: int = 0, data: DataConfig = DATA) -> Path:
+def run(
+    folder: Path,
+    model: ModelConfig,
+    config: ExpertConfig = CONFIG,
+    examples: list[Example] = EXAMPLES,
+    seed: int = 0,
+    data: DataConfig = DATA,
+) -> Path:
     return experts.run(folder, model, data, config, examples, seed)
 
 
@@ -54,10 +60,15 @@ def test_outputs(whole: Path, model: ModelConfig) -> None:
     assert any(value.any() for name, value in trajectory.read(4).items() if ".lora_B." in name)
 
 
-@pytest.mark.parametrize(("change", "steps", "total"), [
-    ({"snapshot_steps": 0}, [0, 6, 12, 18], 18), ({"max_steps": 9}, [0, 4, 6, 8], 9),
-    ({"max_steps": 99, "epochs": 1, "snapshot_steps": 5}, [0, 5, 6], 6),
-    ({"optimizer": "sgd", "max_steps": 4}, [0, 4], 4)])
+@pytest.mark.parametrize(
+    ("change", "steps", "total"),
+    [
+        ({"snapshot_steps": 0}, [0, 6, 12, 18], 18),
+        ({"max_steps": 9}, [0, 4, 6, 8], 9),
+        ({"max_steps": 99, "epochs": 1, "snapshot_steps": 5}, [0, 5, 6], 6),
+        ({"optimizer": "sgd", "max_steps": 4}, [0, 4], 4),
+    ],
+)
 def test_schedule(tmp_path: Path, model: ModelConfig, change: dict[str, Any], steps: list[int], total: int) -> None:
     folder = run(tmp_path / "expert0", model, replace(CONFIG, **change))
     assert TrajectoryStore(folder / "trajectory").steps == steps
@@ -76,7 +87,7 @@ def test_max_steps_is_a_prefix_and_seeds_differ(tmp_path: Path, model: ModelConf
 def test_a_finished_expert_is_reused(whole: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "load_model", kill_self)
     before = tree_digests(whole)
-    assert run(whole, replace(model, device="cuda"), replace(CONFIG, count=5)) == whole   # these change nothing in it
+    assert run(whole, replace(model, device="cuda"), replace(CONFIG, count=5)) == whole  # these change nothing in it
     assert tree_digests(whole) == before
     with pytest.raises(InputError, match=r"made with other settings \(config.experts.lr=0.5, was 0.01\)"):
         run(whole, model, replace(CONFIG, lr=0.5))
@@ -89,15 +100,18 @@ def test_a_finished_expert_is_reused(whole: Path, model: ModelConfig, monkeypatc
 
 KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in a step": lambda m: m.setattr(
-        training, "token_losses", at_call(random.Random(0).randrange(2, 18), training.token_losses)),
-    "after a snapshot": lambda m: m.setattr(
-        experts.Snapshots, "after", after_snapshot(experts.Snapshots.after, 8)),
+        training, "token_losses", at_call(random.Random(0).randrange(2, 18), training.token_losses)
+    ),
+    "after a snapshot": lambda m: m.setattr(experts.Snapshots, "after", after_snapshot(experts.Snapshots.after, 8)),
     "in a snapshot": lambda m: m.setattr(
-        store.TrajectoryWriter, "write_index", at_call(4, store.TrajectoryWriter.write_index)),
+        store.TrajectoryWriter, "write_index", at_call(4, store.TrajectoryWriter.write_index)
+    ),
     "in a checkpoint": lambda m: m.setattr(training, "mark", at_call(10, training.mark)),
     "between model and optimizer": lambda m: m.setattr(
-        training.AdapterTrainer, "_save_optimizer_and_scheduler",
-        at_call(8, training.AdapterTrainer._save_optimizer_and_scheduler)),
+        training.AdapterTrainer,
+        "_save_optimizer_and_scheduler",
+        at_call(8, training.AdapterTrainer._save_optimizer_and_scheduler),
+    ),
     "at the start": lambda m: m.setattr(training, "make_optimizer", kill_self),
     "at the end": lambda m: m.setattr(experts, "write_json", kill_self),
 }
@@ -108,13 +122,16 @@ def after_snapshot(function: Callable[..., Any], step: int) -> Callable[..., Any
         function(self, now)
         if now == step:
             kill_self()
+
     return after
 
 
-@pytest.mark.parametrize(("place", "every"), [
-    *((place, 0.0) for place in KILLS), ("in a step", 20.0), ("at the end", 20.0)])
-def test_killed_and_run_again(tmp_path: Path, model: ModelConfig, whole: Path, place: str, every: float,
-                              monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("place", "every"), [*((place, 0.0) for place in KILLS), ("in a step", 20.0), ("at the end", 20.0)]
+)
+def test_killed_and_run_again(
+    tmp_path: Path, model: ModelConfig, whole: Path, place: str, every: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "expert0"
     monkeypatch.setattr(training, "SAVE_SECONDS", every)
 
@@ -133,13 +150,29 @@ def test_killed_and_run_again(tmp_path: Path, model: ModelConfig, whole: Path, p
 # Bad input
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"examples": EXAMPLES[:3]}, "the full set has 3 samples, fewer than experts.batch=4"),
-    ({"examples": [*EXAMPLES[:5], replace(EXAMPLES[5], id="long", messages=(
-        {"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}))],
-      "data": DataConfig(max_tokens=POSITIONS + 9)},
-     f"sample 'long': k=0 prompt tokens and {POSITIONS + 9} of its own, the model takes at most {POSITIONS} in all"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"examples": EXAMPLES[:3]}, "the full set has 3 samples, fewer than experts.batch=4"),
+        (
+            {
+                "examples": [
+                    *EXAMPLES[:5],
+                    replace(
+                        EXAMPLES[5],
+                        id="long",
+                        messages=(
+                            {"role": "user", "content": "river " * 90},
+                            {"role": "assistant", "content": "stone"},
+                        ),
+                    ),
+                ],
+                "data": DataConfig(max_tokens=POSITIONS + 9),
+            },
+            f"sample 'long': k=0 prompt tokens and {POSITIONS + 9} of its own, the model takes at most {POSITIONS} in all",
+        ),
+    ],
+)
 def test_bad_input_leaves_nothing(tmp_path: Path, model: ModelConfig, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         run(tmp_path / "expert0", model, **change)

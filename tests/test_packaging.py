@@ -22,8 +22,13 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"))
 def python(code: str, *args: str, cwd: Path = ROOT) -> str:
     """Standard output of `code` in a fresh interpreter that sees this checkout; fails on a non-zero status."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run([sys.executable, "-c", code, *args], cwd=cwd, env={**os.environ, "PYTHONPATH": path},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -35,6 +40,7 @@ def data_patterns(path: PurePosixPath) -> list[str]:
 
 # Names
 
+
 def test_kernels_is_a_plain_folder() -> None:
     # As a package it would be taken for the hub's `kernels` by transformers.
     assert not (ROOT / "kernels" / "__init__.py").exists()
@@ -45,6 +51,7 @@ def test_nothing_else_is_installed() -> None:
 
 
 # Packages and data
+
 
 @pytest.mark.parametrize(("top", "folder"), [("nacd_fast", "nacd_fast"), ("nacd_kernels", "kernels/nacd_kernels")])
 def test_every_folder_with_python_files_is_a_named_package(top: str, folder: str) -> None:
@@ -74,6 +81,7 @@ def test_licences_and_notices_are_there(file: str) -> None:
 
 # Importing
 
+
 def test_import_is_cheap_and_silent(tmp_path: Path) -> None:
     code = "import nacd_fast, sys; heavy = {'torch', 'transformers', 'numpy', 'datasets', 'nacd_fast.distill'}"
     assert python(code + "; assert not heavy & set(sys.modules), heavy & set(sys.modules)", cwd=tmp_path) == ""
@@ -91,13 +99,17 @@ def test_unknown_public_name_is_an_attribute_error() -> None:
 
 
 def test_importing_every_module_parses_no_flags_and_prints_nothing() -> None:
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in sorted((ROOT / "nacd_fast").rglob("*.py"))
-             if p.name not in {"__init__.py", "__main__.py"}]
+    names = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        for p in sorted((ROOT / "nacd_fast").rglob("*.py"))
+        if p.name not in {"__init__.py", "__main__.py"}
+    ]
     code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1].split(',')]"
     assert python(code, ",".join(names), "--nonsense") == ""
 
 
 # The native module
+
 
 def test_version_stands_in_one_place() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", nacd_fast.__version__)
@@ -131,8 +143,13 @@ def test_build_goes_on_without_a_compiler(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, tmp_path / name)
     for folder in ("csrc", "kernels", "nacd_fast"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "*.safetensors"))
-    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tmp_path,
-                          env={**os.environ, "CXX": "/nonexistent/c++"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env={**os.environ, "CXX": "/nonexistent/c++"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "WARNING: nacd_fast._codec is not built" in done.stderr
     assert "Python reference" in done.stderr

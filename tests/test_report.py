@@ -19,8 +19,16 @@ from nacd_fast.errors import InputError
 from nacd_fast.intervals import Items, summarise, write_items
 
 SEEDS = (0, 1, 2)
-MEANS = {"baseline": 5.66, "full": 3.93, "random": 4.59, "nacd_embeddings": 4.52, "nacd_decoded": 4.60,
-         "transfer_baseline": 5.90, "transfer_random": 4.80, "transfer_nacd_decoded": 4.7995}
+MEANS = {
+    "baseline": 5.66,
+    "full": 3.93,
+    "random": 4.59,
+    "nacd_embeddings": 4.52,
+    "nacd_decoded": 4.60,
+    "transfer_baseline": 5.90,
+    "transfer_random": 4.80,
+    "transfer_nacd_decoded": 4.7995,
+}
 NASTY = '<script>alert("x")</script> <img src=x onerror=alert(1)> | `code` ``` & </p>'
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
@@ -44,10 +52,16 @@ def finish(folder: Path, seconds: float) -> None:
 
 def make_run(folder: Path, seeds: tuple[int, ...] = SEEDS, iterations: int = 120) -> Path:
     """A whole run in the layout of the stages."""
-    settings = {"out": "runs/made-up", "seeds": list(seeds), "transfer": "demo-sibling",
-                "model": {"path": "demo", "rank": 8}, "select": {"method": "random", "fraction": 0.05},
-                "experts": {"count": 2}, "match": {"beta": 0.5, "iterations": iterations},
-                "evaluate": {"bootstrap": 300}}
+    settings = {
+        "out": "runs/made-up",
+        "seeds": list(seeds),
+        "transfer": "demo-sibling",
+        "model": {"path": "demo", "rank": 8},
+        "select": {"method": "random", "fraction": 0.05},
+        "experts": {"count": 2},
+        "match": {"beta": 0.5, "iterations": iterations},
+        "evaluate": {"bootstrap": 300},
+    }
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     scores = []
@@ -60,8 +74,9 @@ def make_run(folder: Path, seeds: tuple[int, ...] = SEEDS, iterations: int = 120
             if fraction:
                 finish(folder / "tuned" / row / f"seed{seed}", 13.0)
             model = "demo-sibling" if row.startswith("transfer") else "demo"
-            scores.append({"row": row, "method": row, "model": model, "fraction": fraction, "seed": seed,
-                           **summarise(items, 300)})
+            scores.append(
+                {"row": row, "method": row, "model": model, "fraction": fraction, "seed": seed, **summarise(items, 300)}
+            )
     write_json(folder / "scores.json", scores)
     for i in range(2):
         finish(folder / "experts" / f"expert{i}", 61.5)
@@ -69,15 +84,32 @@ def make_run(folder: Path, seeds: tuple[int, ...] = SEEDS, iterations: int = 120
         finish(folder / "selection" / f"seed{seed}", 0.2)
         generator = np.random.default_rng(seed)
         distill = 0.9 + 0.1 * np.exp(-np.arange(iterations) / 40) + 0.01 * generator.standard_normal(iterations)
-        curve = [{"iteration": i, "loss": float(d + 0.5 * 0.02), "distill": float(d), "reg": 0.02 + 0.0001 * i,
-                  "alpha": 0.2 + 0.001 * i} for i, d in enumerate(distill)]
+        curve = [
+            {
+                "iteration": i,
+                "loss": float(d + 0.5 * 0.02),
+                "distill": float(d),
+                "reg": 0.02 + 0.0001 * i,
+                "alpha": 0.2 + 0.001 * i,
+            }
+            for i, d in enumerate(distill)
+        ]
         write_json(folder / "matching" / f"seed{seed}" / "curve.json", curve)
         finish(folder / "matching" / f"seed{seed}", 75.0)
         rows: list[dict[str, Any]] = [
-            {"id": f"train-{seed}-{i}", "source": f"p3/source {i % 10}", "prompt_ids": [300 + i, 900],
-             "prompt_text": f" decoded {i}", "distance": [0.25, 1.5 + i],
-             "messages": [{"role": "user", "content": f"Question {i} of seed {seed}?"},
-                          {"role": "assistant", "content": f"Answer {i}"}]} for i in range(30)]
+            {
+                "id": f"train-{seed}-{i}",
+                "source": f"p3/source {i % 10}",
+                "prompt_ids": [300 + i, 900],
+                "prompt_text": f" decoded {i}",
+                "distance": [0.25, 1.5 + i],
+                "messages": [
+                    {"role": "user", "content": f"Question {i} of seed {seed}?"},
+                    {"role": "assistant", "content": f"Answer {i}"},
+                ],
+            }
+            for i in range(30)
+        ]
         rows[0]["source"], rows[0]["messages"][0]["content"] = NASTY, NASTY
         (folder / "distilled" / f"seed{seed}").mkdir(parents=True)
         datasets.Dataset.from_list(rows).to_parquet(folder / "distilled" / f"seed{seed}" / "dataset.parquet")
@@ -136,9 +168,22 @@ def plain(text: str) -> str:
 def test_page_is_whole(whole: Path) -> None:
     page = page_of(whole)
     text = plain(page.text)
-    for part in ("Baseline", "FULL", "Random", "NACD, embeddings", "NACD, decoded", "Expert trajectories", "Seed 2",
-                 "demo-sibling, tuned on the decoded text", "Instruction tuning", "p3/source 7", "transformers",
-                 "runs/made-up", "β = 0.5", "PyTorch reference"):
+    for part in (
+        "Baseline",
+        "FULL",
+        "Random",
+        "NACD, embeddings",
+        "NACD, decoded",
+        "Expert trajectories",
+        "Seed 2",
+        "demo-sibling, tuned on the decoded text",
+        "Instruction tuning",
+        "p3/source 7",
+        "transformers",
+        "runs/made-up",
+        "β = 0.5",
+        "PyTorch reference",
+    ):
         assert part in text, part
     assert "Not in this report" not in text
     assert sum(tag == "svg" for tag, _ in page.tags) == 5  # scores, L, L_distill, L_reg, alpha
@@ -189,13 +234,16 @@ def test_data_cannot_become_markup(whole: Path) -> None:
 
 def test_verdict_says_what_holds_and_what_failed(whole: Path) -> None:
     source = page_of(whole).text
-    verdict = plain(source[source.index("Training on the full set"):])
-    assert re.search(r"Training on the full set beats the raw 5 % \(random\): held-out NLL 3\.9\d+ against 4\.5\d+, "
-                     r"better in 3 of 3 seeds \(paired difference −0\.6\d+, 95 % interval −0\.6\d+ to −0\.6\d+\)",
-                     verdict)
+    verdict = plain(source[source.index("Training on the full set") :])
+    assert re.search(
+        r"Training on the full set beats the raw 5 % \(random\): held-out NLL 3\.9\d+ against 4\.5\d+, "
+        r"better in 3 of 3 seeds \(paired difference −0\.6\d+, 95 % interval −0\.6\d+ to −0\.6\d+\)",
+        verdict,
+    )
     assert re.search(r"The NACD embeddings beat the raw 5 %: .{90,140}, which closes 1\d\.\d % of the gap", verdict)
-    assert re.search(r"The same prompts decoded to text do not beat the raw 5 %: .{90,140}; this claim failed\.",
-                     verdict)
+    assert re.search(
+        r"The same prompts decoded to text do not beat the raw 5 %: .{90,140}; this claim failed\.", verdict
+    )
     assert re.search(r"On demo-sibling, another model, the decoded prompts do not beat", verdict)
 
 
@@ -225,16 +273,19 @@ def test_same_files_same_bytes(copy: Path) -> None:
     assert files == {path: path.read_bytes() for path in (copy / "report_files").iterdir()}
 
 
-@pytest.mark.parametrize(("gone", "named"), [
-    ("matching/seed1", "matching/seed1: no curve.json."),
-    ("matching", "matching: no timing."),
-    ("distilled", "distilled/seed0: no dataset.parquet."),
-    ("distilled/seed2/dataset.parquet", "distilled/seed2: no dataset.parquet."),
-    ("experts/expert1/manifest.json", "experts/expert1: not finished."),
-    ("selection/seed0", "selection/seed0: not finished."),
-    ("config.yaml", "config.yaml: not there"),
-    ("tuned", "tuned: no timing."),
-])
+@pytest.mark.parametrize(
+    ("gone", "named"),
+    [
+        ("matching/seed1", "matching/seed1: no curve.json."),
+        ("matching", "matching: no timing."),
+        ("distilled", "distilled/seed0: no dataset.parquet."),
+        ("distilled/seed2/dataset.parquet", "distilled/seed2: no dataset.parquet."),
+        ("experts/expert1/manifest.json", "experts/expert1: not finished."),
+        ("selection/seed0", "selection/seed0: not finished."),
+        ("config.yaml", "config.yaml: not there"),
+        ("tuned", "tuned: no timing."),
+    ],
+)
 def test_missing_parts_are_named(copy: Path, gone: str, named: str) -> None:
     path = copy / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -244,8 +295,10 @@ def test_missing_parts_are_named(copy: Path, gone: str, named: str) -> None:
 
 
 def test_nothing_but_scores(tmp_path: Path) -> None:
-    write_json(tmp_path / "run" / "scores.json", [
-        {"row": "baseline", "method": "baseline", "model": "m", "fraction": 0, "seed": None, "nll": 3.0}])
+    write_json(
+        tmp_path / "run" / "scores.json",
+        [{"row": "baseline", "method": "baseline", "model": "m", "fraction": 0, "seed": None, "nll": 3.0}],
+    )
     report.run(tmp_path / "run")
     text = plain(page_of(tmp_path / "run").text)
     assert "No verdict yet" in text and "Row random: no scores." in text and "3.000" in text
@@ -286,17 +339,20 @@ def test_prompt_is_one_text_without_the_tokenizer(copy: Path) -> None:
     assert "decoded 4" in text and "The tokens of a prompt one by one" in text
 
 
-@pytest.mark.parametrize(("file", "content", "message"), [
-    ("scores.json", None, r"no scores\.json"),
-    ("scores.json", "[", r"scores\.json: not JSON"),
-    ("scores.json", "[]", r"scores\.json: must be a list of rows"),
-    ("scores.json", '[{"row": "full", "seed": 0, "fraction": 1}]', r"scores\.json, row 1: must have .*nll"),
-    ("config.yaml", "a: [", r"config\.yaml: not YAML"),
-    ("config.yaml", "just text", r"config\.yaml: must hold"),
-    ("matching/seed0/curve.json", "{}", r"curve\.json: must be a list"),
-    ("distilled/seed0/dataset.parquet", "PAR1", r"dataset\.parquet: not a distilled set"),
-    ("scores/full/seed0/items.parquet", "PAR1", r"items\.parquet: not a table of item scores"),
-])
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("scores.json", None, r"no scores\.json"),
+        ("scores.json", "[", r"scores\.json: not JSON"),
+        ("scores.json", "[]", r"scores\.json: must be a list of rows"),
+        ("scores.json", '[{"row": "full", "seed": 0, "fraction": 1}]', r"scores\.json, row 1: must have .*nll"),
+        ("config.yaml", "a: [", r"config\.yaml: not YAML"),
+        ("config.yaml", "just text", r"config\.yaml: must hold"),
+        ("matching/seed0/curve.json", "{}", r"curve\.json: must be a list"),
+        ("distilled/seed0/dataset.parquet", "PAR1", r"dataset\.parquet: not a distilled set"),
+        ("scores/full/seed0/items.parquet", "PAR1", r"items\.parquet: not a table of item scores"),
+    ],
+)
 def test_bad_files_are_named_in_one_line(copy: Path, file: str, content: str | None, message: str) -> None:
     before = (copy / "report.html").read_bytes()
     (copy / file).unlink() if content is None else (copy / file).write_text(content)
@@ -322,5 +378,10 @@ def test_rare_sources_are_counted_together() -> None:
 
 def test_durations_and_sizes() -> None:
     assert [report.duration(s) for s in (0.24, 59.94, 60, 3599.4, 7325)] == [
-        "0.2 s", "59.9 s", "1 min 00 s", "59 min 59 s", "2 h 02 min"]
+        "0.2 s",
+        "59.9 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "2 h 02 min",
+    ]
     assert [report.size(n) for n in (3 * 2**20, 3 * 2**30)] == ["3 MiB", "3.00 GiB"]

@@ -20,8 +20,10 @@ from tests.tiny import at_call, run_killed
 
 def snapshot(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator)
-            for name, shape in {"b": (3, 5), "a": (65,), "scalar": (), "none": (0, 4)}.items()}
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in {"b": (3, 5), "a": (65,), "scalar": (), "none": (0, 4)}.items()
+    }
 
 
 def write(folder: Path, steps: list[int]) -> None:
@@ -51,7 +53,7 @@ def test_round_trip_in_any_order(tmp_path: Path) -> None:
 
 def test_every_bit_pattern_is_kept(tmp_path: Path) -> None:
     bits = torch.tensor([0x7FC00001, 0x7F800001, -0x80000000, 1, 0x7F800000, -0x800000, 0x7F7FFFFF], dtype=torch.int32)
-    odd = {"x": bits.view(torch.float32)}   # NaNs with payload, -0, subnormal, infinities, the largest number
+    odd = {"x": bits.view(torch.float32)}  # NaNs with payload, -0, subnormal, infinities, the largest number
     with TrajectoryWriter(tmp_path) as writer:
         writer.append(0, odd)
     assert_same_bits(TrajectoryStore(tmp_path).read(0), odd)
@@ -90,12 +92,15 @@ def test_steps_must_increase(tmp_path: Path, step: int) -> None:
     assert TrajectoryStore(tmp_path).steps == [3]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.pop("a"), "tensor a has shape None, in this trajectory it has [65]"),
-    (lambda t: t.update(z=torch.zeros(1)), "tensor z has shape [1], in this trajectory it has None"),
-    (lambda t: t.update(b=torch.zeros(5, 3)), "tensor b has shape [5, 3], in this trajectory it has [3, 5]"),
-    (lambda t: t.update(b=torch.zeros(3, 5).double()), "tensor b is torch.float64, must be torch.float32"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("a"), "tensor a has shape None, in this trajectory it has [65]"),
+        (lambda t: t.update(z=torch.zeros(1)), "tensor z has shape [1], in this trajectory it has None"),
+        (lambda t: t.update(b=torch.zeros(5, 3)), "tensor b has shape [5, 3], in this trajectory it has [3, 5]"),
+        (lambda t: t.update(b=torch.zeros(3, 5).double()), "tensor b is torch.float64, must be torch.float32"),
+    ],
+)
 def test_snapshots_are_alike(tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
     write(tmp_path, [0])
     other = snapshot(1)
@@ -106,10 +111,14 @@ def test_snapshots_are_alike(tmp_path: Path, change: Callable[[dict[str, Tensor]
     assert TrajectoryStore(tmp_path).steps == [0]
 
 
-@pytest.mark.parametrize(("t", "t_end", "message"), [
-    (5, 8, "no snapshot at step 5; nearest: 4 and 8"), (4, 9, "no snapshot at step 9; nearest: 8"),
-    (4, -1, "no snapshot at step -1; nearest: 0"),
-])
+@pytest.mark.parametrize(
+    ("t", "t_end", "message"),
+    [
+        (5, 8, "no snapshot at step 5; nearest: 4 and 8"),
+        (4, 9, "no snapshot at step 9; nearest: 8"),
+        (4, -1, "no snapshot at step -1; nearest: 0"),
+    ],
+)
 def test_a_missing_step_names_its_neighbours(tmp_path: Path, t: int, t_end: int, message: str) -> None:
     write(tmp_path, [0, 4, 8])
     with pytest.raises(InputError) as caught:
@@ -128,15 +137,17 @@ def test_no_trajectory(tmp_path: Path) -> None:
 # Killed while writing
 
 
-@pytest.mark.parametrize(("calls", "target"), [
-    (0, "write"), (0, "replace"), (0, "sync"), (1, "write"), (1, "replace"), (1, "sync")])
+@pytest.mark.parametrize(
+    ("calls", "target"), [(0, "write"), (0, "replace"), (0, "sync"), (1, "write"), (1, "replace"), (1, "sync")]
+)
 def test_a_killed_writer_loses_at_most_its_snapshot(tmp_path: Path, calls: int, target: str) -> None:
     """Killed before one of the six steps of an append: data and index, each written, renamed and synced."""
     write(tmp_path, [0, 1])
+
     def work() -> None:
         writer = TrajectoryWriter(tmp_path)
         with pytest.MonkeyPatch.context() as patch:
-            if target == "write":   # the .part file is there, unfinished; the folder's fsync lies between the two
+            if target == "write":  # the .part file is there, unfinished; the folder's fsync lies between the two
                 patch.setattr(os, "fsync", at_call(2 * calls, os.fsync))
             elif target == "replace":
                 patch.setattr(os, "replace", at_call(calls, os.replace))
@@ -145,7 +156,7 @@ def test_a_killed_writer_loses_at_most_its_snapshot(tmp_path: Path, calls: int, 
             writer.append(2, snapshot(2))
 
     run_killed(work)
-    done = [0, 1, 2] if (calls, target) == (1, "sync") else [0, 1]   # renamed is as good as written
+    done = [0, 1, 2] if (calls, target) == (1, "sync") else [0, 1]  # renamed is as good as written
     assert TrajectoryStore(tmp_path).steps == done
     writer = TrajectoryWriter(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {store.INDEX, *map(store.file_name, done)}
@@ -185,19 +196,22 @@ def resign(folder: Path, step: int, data: bytes) -> None:
     (folder / store.INDEX).write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda p: p.unlink(), "is missing"),
-    (lambda p: p.write_bytes(p.read_bytes()[:-1]), "bytes, must have"),
-    (lambda p: p.write_bytes(p.read_bytes() + b"\0"), "bytes, must have"),
-    (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\1"), "has SHA-256"),
-    (lambda p: (p.unlink(), p.mkdir()), "must have"),
-    (lambda p: resign(p.parent, 4, b"nonsense" * 9), "is not a safetensors file"),
-    (lambda p: resign(p.parent, 4, b"\xff" * 8), "is not a safetensors file"),
-    (lambda p: resign(p.parent, 4, b""), "is not a safetensors file"),
-    (lambda p: resign(p.parent, 4, save({"a": torch.zeros(65)})), "tensor b has shape None"),
-    (lambda p: resign(p.parent, 4, save({**snapshot(4), "b": torch.zeros(5, 3)})), "tensor b has shape [5, 3]"),
-    (lambda p: resign(p.parent, 4, save({n: t.half() for n, t in snapshot(4).items()})), "must be torch.float32"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.unlink(), "is missing"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "bytes, must have"),
+        (lambda p: p.write_bytes(p.read_bytes() + b"\0"), "bytes, must have"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\1"), "has SHA-256"),
+        (lambda p: (p.unlink(), p.mkdir()), "must have"),
+        (lambda p: resign(p.parent, 4, b"nonsense" * 9), "is not a safetensors file"),
+        (lambda p: resign(p.parent, 4, b"\xff" * 8), "is not a safetensors file"),
+        (lambda p: resign(p.parent, 4, b""), "is not a safetensors file"),
+        (lambda p: resign(p.parent, 4, save({"a": torch.zeros(65)})), "tensor b has shape None"),
+        (lambda p: resign(p.parent, 4, save({**snapshot(4), "b": torch.zeros(5, 3)})), "tensor b has shape [5, 3]"),
+        (lambda p: resign(p.parent, 4, save({n: t.half() for n, t in snapshot(4).items()})), "must be torch.float32"),
+    ],
+)
 def test_a_damaged_snapshot(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     write(tmp_path, [0, 4])
     damage(tmp_path / store.file_name(4))
@@ -225,20 +239,35 @@ def entry(**change: Any) -> str:
     return json.dumps({**GOOD, "snapshots": [{"step": 0, "bytes": 1, "sha256": "x", **change}]})
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "not JSON"), ("{", "not JSON"), ("[" * 10**5, "not JSON"), ("1" * 5000, "not JSON"), ("\ud800", "not JSON"),
-    ("[]", "keys version, tensors and snapshots"), ("null", "keys version"), ("{}", "keys version"),
-    (json.dumps({**GOOD, "more": 1}), "keys version"), (json.dumps({**GOOD, "version": 2}), "version 2, must be 1"),
-    (json.dumps({**GOOD, "tensors": []}), "tensors must be"), (json.dumps({**GOOD, "tensors": {"a": 2}}), "tensor 'a'"),
-    (json.dumps({**GOOD, "tensors": {"a": [-1]}}), "tensor 'a'"),
-    (json.dumps({**GOOD, "tensors": {"a": [1e3]}}), "tensor 'a'"),
-    (json.dumps({**GOOD, "snapshots": {}}), "snapshots must be"),
-    (json.dumps({**GOOD, "snapshots": [1]}), "snapshot 1"),
-    (entry(file="../../secret"), "snapshot {"), (entry(step=-1), "step -1"), (entry(step="0"), "step '0'"),
-    (entry(step=True), "step True"), (entry(step=10**8), "step 100000000"), (entry(bytes=-1), "snapshot {"),
-    (entry(sha256=None), "snapshot {"),
-    (json.dumps({**GOOD, "snapshots": GOOD["snapshots"] * 2}), "step 0 after step 0"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("[" * 10**5, "not JSON"),
+        ("1" * 5000, "not JSON"),
+        ("\ud800", "not JSON"),
+        ("[]", "keys version, tensors and snapshots"),
+        ("null", "keys version"),
+        ("{}", "keys version"),
+        (json.dumps({**GOOD, "more": 1}), "keys version"),
+        (json.dumps({**GOOD, "version": 2}), "version 2, must be 1"),
+        (json.dumps({**GOOD, "tensors": []}), "tensors must be"),
+        (json.dumps({**GOOD, "tensors": {"a": 2}}), "tensor 'a'"),
+        (json.dumps({**GOOD, "tensors": {"a": [-1]}}), "tensor 'a'"),
+        (json.dumps({**GOOD, "tensors": {"a": [1e3]}}), "tensor 'a'"),
+        (json.dumps({**GOOD, "snapshots": {}}), "snapshots must be"),
+        (json.dumps({**GOOD, "snapshots": [1]}), "snapshot 1"),
+        (entry(file="../../secret"), "snapshot {"),
+        (entry(step=-1), "step -1"),
+        (entry(step="0"), "step '0'"),
+        (entry(step=True), "step True"),
+        (entry(step=10**8), "step 100000000"),
+        (entry(bytes=-1), "snapshot {"),
+        (entry(sha256=None), "snapshot {"),
+        (json.dumps({**GOOD, "snapshots": GOOD["snapshots"] * 2}), "step 0 after step 0"),
+    ],
+)
 @pytest.mark.parametrize("opener", [TrajectoryStore, TrajectoryWriter])
 def test_a_damaged_index(tmp_path: Path, text: str, message: str, opener: Callable[[Path], object]) -> None:
     (tmp_path / store.INDEX).write_bytes(text.encode("utf-8", "surrogatepass"))

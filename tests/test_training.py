@@ -50,8 +50,13 @@ def student(path: str, seed: int = 0) -> PeftModel:
     config = ModelConfig(path=path, rank=4, device="cpu")
     model = add_lora(load_model(path, "float32", "cpu")[0], config, seed)
     generator = torch.Generator().manual_seed(seed + 100)
-    load_adapter_state(model, {name: t + 0.1 * torch.randn(t.shape, generator=generator) * (".lora_B." in name)
-                               for name, t in adapter_state(model).items()})
+    load_adapter_state(
+        model,
+        {
+            name: t + 0.1 * torch.randn(t.shape, generator=generator) * (".lora_B." in name)
+            for name, t in adapter_state(model).items()
+        },
+    )
     return model
 
 
@@ -60,10 +65,19 @@ def make_samples(path: str, n: int = 22) -> Samples:
     return Samples([e.id for e in examples], encode_set(examples, load_model(path)[1], DataConfig(max_tokens=48)))
 
 
-def train(model: PeftModel, samples: Samples, work: Path, observer: Observer | None = None,
-          **change: Any) -> list[float]:
-    settings: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-2, "batch": 4, "steps": 12, "seed": 3, "pad_id": PAD,
-                                "work": work, "label": "test"}
+def train(
+    model: PeftModel, samples: Samples, work: Path, observer: Observer | None = None, **change: Any
+) -> list[float]:
+    settings: dict[str, Any] = {
+        "optimizer": "adamw",
+        "lr": 1e-2,
+        "batch": 4,
+        "steps": 12,
+        "seed": 3,
+        "pad_id": PAD,
+        "work": work,
+        "label": "test",
+    }
     return training.train(model, samples, observer=observer or Observer(), **{**settings, **change})
 
 
@@ -77,14 +91,15 @@ def own_loss(model: PeftModel, rows: list[Encoded]) -> Tensor:
 # Loops written by hand
 
 
-def by_hand(model: PeftModel, samples: Samples, optimizer: str, lr: float, batch: int, steps: int,
-            seed: int) -> tuple[list[dict[str, Tensor]], float]:
+def by_hand(
+    model: PeftModel, samples: Samples, optimizer: str, lr: float, batch: int, steps: int, seed: int
+) -> tuple[list[dict[str, Tensor]], float]:
     """States after every step, and the largest gradient norm."""
     order = Batches(samples, batch, steps, seed, PAD)
     parameters = list(adapter_parameters(model).values())
     m, v = [torch.zeros_like(p) for p in parameters], [torch.zeros_like(p) for p in parameters]
     norms, states = [], []
-    model.train()   # without dropout this is the same as eval
+    model.train()  # without dropout this is the same as eval
     for step in range(1, steps + 1):
         loss = own_loss(model, [samples.rows[i] for i in order.indices(step - 1)])
         gradients = torch.autograd.grad(loss, parameters)
@@ -100,8 +115,9 @@ def by_hand(model: PeftModel, samples: Samples, optimizer: str, lr: float, batch
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.02), ("adamw", 1e-3)])
-def test_one_epoch_equals_a_loop_by_hand(tmp_path: Path, paths: dict[str, str], family: str, optimizer: str,
-                                         lr: float) -> None:
+def test_one_epoch_equals_a_loop_by_hand(
+    tmp_path: Path, paths: dict[str, str], family: str, optimizer: str, lr: float
+) -> None:
     samples = make_samples(paths[family])
     steps = math.ceil(len(samples.rows) / 4)
     states, norm = by_hand(student(paths[family]), samples, optimizer, lr, 4, steps, seed=3)
@@ -160,8 +176,9 @@ def test_loss_is_the_models_own_and_padding_does_not_enter(paths: dict[str, str]
 def test_prompts_in_front_are_like_tokens_in_front(paths: dict[str, str], family: str) -> None:
     model, rows = student(paths[family]), make_samples(paths[family]).rows[:5]
     tokens = torch.randint(5, 500, (5, 3), generator=torch.Generator().manual_seed(0))
-    longer = [Encoded([*p, *row.input_ids], [-100] * 3 + row.labels)
-              for p, row in zip(tokens.tolist(), rows, strict=True)]
+    longer = [
+        Encoded([*p, *row.input_ids], [-100] * 3 + row.labels) for p, row in zip(tokens.tolist(), rows, strict=True)
+    ]
     base: Any = base_model(model)
     prompts = base.get_input_embeddings()(tokens).detach()
     in_front = token_losses(base, **collate(rows, PAD), prompts=prompts)
@@ -174,8 +191,11 @@ def test_what_a_family_does_to_its_logits_still_happens(paths: dict[str, str]) -
     base, rows = base_model(student(paths["llama"])), make_samples(paths["llama"]).rows[:3]
 
     class Capped(nn.Module):
-        def get_input_embeddings(self) -> nn.Module: return base.get_input_embeddings()
-        def get_output_embeddings(self) -> nn.Module: return base.get_output_embeddings()
+        def get_input_embeddings(self) -> nn.Module:
+            return base.get_input_embeddings()
+
+        def get_output_embeddings(self) -> nn.Module:
+            return base.get_output_embeddings()
 
         def forward(self, **inputs: Any) -> Any:
             out = base(**inputs)
@@ -207,7 +227,7 @@ def test_batches() -> None:
     batches = Batches(samples, 4, 9, seed=5, pad_id=PAD)
     steps = [batches.indices(step) for step in range(9)]
     assert [len(b) for b in steps] == [4, 4, 3] * 3 and len(batches) == 9
-    epochs = [[i for step in steps[e * 3:e * 3 + 3] for i in step] for e in range(3)]
+    epochs = [[i for step in steps[e * 3 : e * 3 + 3] for i in step] for e in range(3)]
     assert all(sorted(epoch) == [*range(11)] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert [Batches(samples, 4, 9, 5, PAD).indices(s) for s in (7, 0, 4)] == [steps[s] for s in (7, 0, 4)]
@@ -233,8 +253,9 @@ def saving(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("saving")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_resume_goes_on_with_the_same_bits(tmp_path: Path, paths: dict[str, str], optimizer: str,
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_goes_on_with_the_same_bits(
+    tmp_path: Path, paths: dict[str, str], optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples, whole = make_samples(paths["llama"]), student(paths["llama"])
     losses = train(whole, samples, tmp_path / "whole", optimizer=optimizer)
     first = student(paths["llama"])
@@ -279,7 +300,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, paths: dict[str, str],
     newest = tmp_path / "work" / "checkpoint-3"
     older = tmp_path / "work" / "checkpoint-2"
     assert training.last_checkpoint(tmp_path / "work") == newest
-    shutil.copytree(newest, older)   # whole by its own marker
+    shutil.copytree(newest, older)  # whole by its own marker
     if damage == "no marker":
         (newest / MARKER).unlink()
     elif damage == "half a marker":
@@ -303,7 +324,7 @@ def test_a_checkpoint_holds_no_pickled_objects(tmp_path: Path, paths: dict[str, 
     names = {p.name for p in (tmp_path / "checkpoint-2").iterdir()}
     assert "adapter_model.safetensors" in names and "training_args.bin" not in names
     for name in names:
-        if name.endswith((".pt", ".pth")) and name != "rng_state.pth":   # numpy's state needs an allow-list
+        if name.endswith((".pt", ".pth")) and name != "rng_state.pth":  # numpy's state needs an allow-list
             torch.load(tmp_path / "checkpoint-2" / name, weights_only=True)
 
 
@@ -337,7 +358,7 @@ def test_a_bad_loss_stops_at_once(tmp_path: Path, poisoned: tuple[PeftModel, Sam
     assert all(samples.ids[i] in message for i in order.indices(step))
     assert message.endswith(f"the state before it is in {tmp_path}/checkpoint-{step}")
     assert sorted(observer.states) == [*range(1, step + 1)]
-    for name, value in adapter_state(model).items():   # nothing was updated
+    for name, value in adapter_state(model).items():  # nothing was updated
         assert torch.equal(value, observer.states[step][name])
 
     again = Keep(model)
@@ -357,6 +378,7 @@ def test_a_bad_gradient_stops_at_once(tmp_path: Path, paths: dict[str, str]) -> 
 def test_lengths(length: int, k: int, ok: bool) -> None:
     def check() -> None:
         training.check_lengths(["a", "b"], [Encoded([1, 2], [1, 2]), Encoded([1] * length, [1] * length)], [k, k], 64)
+
     if ok:
         check()
     else:

@@ -22,7 +22,7 @@ from tests.tiny import POSITIONS, WIDTH, WORDS, at_call, kill_self, make_example
 
 DATA = DataConfig(max_tokens=48)
 CONFIG = TuneConfig(batch=4, lr=1e-2)
-TRAIN, HELD_OUT = make_examples(10), make_examples(9, seed=1)   # 3 steps an epoch
+TRAIN, HELD_OUT = make_examples(10), make_examples(9, seed=1)  # 3 steps an epoch
 EPOCHS = 3
 
 
@@ -31,9 +31,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return ModelConfig(path=make_model(tmp_path_factory.mktemp("opt"), "opt"), rank=4, device="cpu")
 
 
-def run(folder: Path, model: ModelConfig, prompts: Tensor | Sequence[str] | None = None, *,
-        train: Sequence[Example] = TRAIN, validation: Sequence[Example] = HELD_OUT, data: DataConfig = DATA,
-        **change: Any) -> Path:
+def run(
+    folder: Path,
+    model: ModelConfig,
+    prompts: Tensor | Sequence[str] | None = None,
+    *,
+    train: Sequence[Example] = TRAIN,
+    validation: Sequence[Example] = HELD_OUT,
+    data: DataConfig = DATA,
+    **change: Any,
+) -> Path:
     settings: dict[str, Any] = {"epochs": EPOCHS, "label": "test", **change}
     return tune.run(folder, model, data, CONFIG, train, validation, 0, prompts=prompts, **settings)
 
@@ -66,8 +73,9 @@ def test_outputs(whole: Path, model: ModelConfig) -> None:
     assert mean_nll(tuned, rows, 32, 0) == pytest.approx(min(nll), abs=1e-6)
 
 
-def test_the_adapter_names_the_model_as_it_was_given(tmp_path: Path, model: ModelConfig, whole: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapter_names_the_model_as_it_was_given(
+    tmp_path: Path, model: ModelConfig, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(Path(model.path).parent)
     folder = run(tmp_path / "seed0", replace(model, path=Path(model.path).name), epochs=1)
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
@@ -77,8 +85,9 @@ def test_the_adapter_names_the_model_as_it_was_given(tmp_path: Path, model: Mode
 
 
 @pytest.mark.parametrize(("values", "best"), [([3.0, 1.0, 2.0], 2), ([2.0, 2.0, 3.0], 1), ([3.0, 2.0, 1.0], 3)])
-def test_the_best_epoch_is_kept(tmp_path: Path, model: ModelConfig, values: list[float], best: int,
-                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_epoch_is_kept(
+    tmp_path: Path, model: ModelConfig, values: list[float], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     states: list[dict[str, Tensor]] = []
 
     def judge(student: PeftModel, *args: Any) -> float:
@@ -103,8 +112,8 @@ def test_epochs_are_what_the_caller_says(tmp_path: Path, model: ModelConfig) -> 
 def test_decoded_prompts_are_like_embeddings_of_their_tokens(tmp_path: Path, model: ModelConfig) -> None:
     base, tokenizer = load_model(model.path)
     pairs = {f" {a} {b}": tokenizer(f" {a} {b}", add_special_tokens=False)["input_ids"] for a in WORDS for b in WORDS}
-    pairs = {text: row for text, row in pairs.items() if len(row) == 2}   # one length, for the tensor
-    texts = [*pairs][:len(TRAIN)]
+    pairs = {text: row for text, row in pairs.items() if len(row) == 2}  # one length, for the tensor
+    texts = [*pairs][: len(TRAIN)]
     ids = [pairs[text] for text in texts]
     assert len(texts) == len(TRAIN)
     table: Any = base.get_input_embeddings()
@@ -153,9 +162,13 @@ def test_a_finished_run_is_reused(whole: Path, model: ModelConfig, monkeypatch: 
     assert run(whole, model, some_prompts(), label="another name") == whole
     assert tree_digests(whole) == before
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"prompts": 2 * some_prompts()}, "inputs.prompts"), ({"prompts": None}, "inputs.prompts"),
-        ({"prompts": ["a"] * 10}, "inputs.prompts"), ({"epochs": 2}, "config.tune.epochs=2, was 3"),
-        ({"validation": HELD_OUT[1:]}, "inputs.validation"), ({"inputs": {"matching": "x"}}, "inputs.matching")]
+        ({"prompts": 2 * some_prompts()}, "inputs.prompts"),
+        ({"prompts": None}, "inputs.prompts"),
+        ({"prompts": ["a"] * 10}, "inputs.prompts"),
+        ({"epochs": 2}, "config.tune.epochs=2, was 3"),
+        ({"validation": HELD_OUT[1:]}, "inputs.validation"),
+        ({"inputs": {"matching": "x"}}, "inputs.matching"),
+    ]
     for change, what in changes:
         with pytest.raises(InputError, match="made with other settings") as caught:
             run(whole, model, **{"prompts": some_prompts(), **change})
@@ -169,7 +182,8 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in a step": lambda m: m.setattr(training, "make_optimizer", kill_in_step(7)),
     "in the validation": lambda m: m.setattr(tune, "mean_nll", at_call(1, mean_nll)),
     "between state and record of an epoch": lambda m: m.setattr(
-        store.TrajectoryWriter, "append", after_call(1, store.TrajectoryWriter.append)),
+        store.TrajectoryWriter, "append", after_call(1, store.TrajectoryWriter.append)
+    ),
     "in a checkpoint": lambda m: m.setattr(training, "mark", at_call(5, training.mark)),
     "before the best is exported": lambda m: m.setattr(tune, "export_adapter", kill_self),
     "between adapter and log": lambda m: m.setattr(tune, "export_adapter", after_call(0, tune.export_adapter)),
@@ -185,6 +199,7 @@ def after_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
         if count[0] == 0:
             kill_self()
         count[0] -= 1
+
     return call
 
 
@@ -196,12 +211,14 @@ def kill_in_step(number: int) -> Callable[..., Any]:
         optimizer = make(*args, **kwargs)
         optimizer.register_step_pre_hook(at_call(number, lambda *args: None))
         return optimizer
+
     return made
 
 
 @pytest.mark.parametrize("place", KILLS)
-def test_killed_and_run_again(tmp_path: Path, model: ModelConfig, whole: Path, place: str,
-                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_run_again(
+    tmp_path: Path, model: ModelConfig, whole: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "seed0"
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
 
@@ -219,21 +236,37 @@ def test_killed_and_run_again(tmp_path: Path, model: ModelConfig, whole: Path, p
 # Bad input
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"train": TRAIN[:3]}, "the set to tune on has 3 samples, fewer than tune.batch=4"),
-    ({"validation": []}, "the validation split is empty"),
-    ({"prompts": some_prompts()[:9]}, "9 prompts for 10 samples: must be one each"),
-    ({"prompts": ["a"] * 11}, "11 prompts for 10 samples: must be one each"),
-    ({"prompts": torch.zeros(10, 0, WIDTH)}, f"prompts of shape [10, 0, 32]: must be [10, k >= 1, {WIDTH}]"),
-    ({"prompts": torch.zeros(10, 2, 48)}, f"prompts of shape [10, 2, 48]: must be [10, k >= 1, {WIDTH}]"),
-    ({"prompts": torch.zeros(10, WIDTH)}, "prompts of shape [10, 32]"),
-    ({"prompts": some_prompts().index_fill(0, torch.tensor([4]), torch.nan)}, "prompt 4 holds NaN or infinity"),
-    ({"prompts": torch.zeros(10, POSITIONS, WIDTH)}, f"k={POSITIONS} prompt tokens and"),
-    ({"prompts": ["a b c " * 60] * 10}, f"the model takes at most {POSITIONS} in all"),
-    ({"validation": [replace(HELD_OUT[0], id="long", messages=(
-        {"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}))],
-      "data": DataConfig(max_tokens=99)}, "sample 'long': k=0 prompt tokens and 99 of its own"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": TRAIN[:3]}, "the set to tune on has 3 samples, fewer than tune.batch=4"),
+        ({"validation": []}, "the validation split is empty"),
+        ({"prompts": some_prompts()[:9]}, "9 prompts for 10 samples: must be one each"),
+        ({"prompts": ["a"] * 11}, "11 prompts for 10 samples: must be one each"),
+        ({"prompts": torch.zeros(10, 0, WIDTH)}, f"prompts of shape [10, 0, 32]: must be [10, k >= 1, {WIDTH}]"),
+        ({"prompts": torch.zeros(10, 2, 48)}, f"prompts of shape [10, 2, 48]: must be [10, k >= 1, {WIDTH}]"),
+        ({"prompts": torch.zeros(10, WIDTH)}, "prompts of shape [10, 32]"),
+        ({"prompts": some_prompts().index_fill(0, torch.tensor([4]), torch.nan)}, "prompt 4 holds NaN or infinity"),
+        ({"prompts": torch.zeros(10, POSITIONS, WIDTH)}, f"k={POSITIONS} prompt tokens and"),
+        ({"prompts": ["a b c " * 60] * 10}, f"the model takes at most {POSITIONS} in all"),
+        (
+            {
+                "validation": [
+                    replace(
+                        HELD_OUT[0],
+                        id="long",
+                        messages=(
+                            {"role": "user", "content": "river " * 90},
+                            {"role": "assistant", "content": "stone"},
+                        ),
+                    )
+                ],
+                "data": DataConfig(max_tokens=99),
+            },
+            "sample 'long': k=0 prompt tokens and 99 of its own",
+        ),
+    ],
+)
 def test_bad_input_leaves_nothing(tmp_path: Path, model: ModelConfig, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         run(tmp_path / "seed0", model, **change)

@@ -26,14 +26,33 @@ def make_model(folder: Path, family: str = "llama", scale: float = 0.2) -> str:
     torch.manual_seed(0)
     model: PreTrainedModel
     if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=POSITIONS, initializer_range=scale))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=POSITIONS,
+                initializer_range=scale,
+            )
+        )
     else:
-        model = OPTForCausalLM(OPTConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-            word_embed_proj_dim=WIDTH, max_position_embeddings=POSITIONS, init_std=scale, dropout=0.1,
-            attention_dropout=0.1))
+        model = OPTForCausalLM(
+            OPTConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                word_embed_proj_dim=WIDTH,
+                max_position_embeddings=POSITIONS,
+                init_std=scale,
+                dropout=0.1,
+                attention_dropout=0.1,
+            )
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -41,9 +60,17 @@ def make_model(folder: Path, family: str = "llama", scale: float = 0.2) -> str:
 
 def make_examples(n: int, seed: int = 0) -> list[Example]:
     draw = random.Random(seed)
-    return [Example(f"x{seed}-{i}", "test", (
-        {"role": "user", "content": " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))},
-        {"role": "assistant", "content": " ".join(draw.choices(WORDS, k=draw.randint(1, 5)))})) for i in range(n)]
+    return [
+        Example(
+            f"x{seed}-{i}",
+            "test",
+            (
+                {"role": "user", "content": " ".join(draw.choices(WORDS, k=draw.randint(1, 8)))},
+                {"role": "assistant", "content": " ".join(draw.choices(WORDS, k=draw.randint(1, 5)))},
+            ),
+        )
+        for i in range(n)
+    ]
 
 
 def kill_self(*args: Any, **kwargs: Any) -> NoReturn:
@@ -60,13 +87,15 @@ def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
             kill_self()
         left[0] -= 1
         return function(*args, **kwargs)
+
     return call
 
 
 def run_killed(work: Callable[[], object]) -> None:
     """Run `work` in a process of its own and see it end by kill -9."""
+
     def child() -> None:
-        torch.set_num_threads(1)   # a forked OpenMP pool hangs
+        torch.set_num_threads(1)  # a forked OpenMP pool hangs
         work()
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -77,5 +106,8 @@ def run_killed(work: Callable[[], object]) -> None:
 
 def tree_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a finished stage but timing.json, which is no part of the result."""
-    return {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.name != "timing.json"}
+    return {
+        str(p.relative_to(folder)): file_digest(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "timing.json"
+    }
