@@ -104,6 +104,7 @@ def peak_of(mode: str, steps: int, quick: bool, device: torch.device) -> int:
 
 def main() -> None:
     args = arguments(__doc__)
+    torch.set_num_threads(1)
     device = torch.device(args.device)
     rows = Rows("bench_unroll", device)
     case = "opt d128 L2 4x32" if args.quick else "opt d512 L8 4x128"

@@ -5,21 +5,23 @@ A stage is a function from files to files. Its folder holds
     config.json     what makes the result: the stage's settings, its seed, the digests of its inputs
     work/           the state to resume from; gone once the stage is finished
     <outputs>       written to a sibling name, then renamed
-    timing.json     seconds and peak memory, over all attempts but killed ones (no part of the result)
+    timing.json     seconds and peak memory, over all attempts but killed ones, and the versions (no part of the result)
     manifest.json   written last: SHA-256 of every output. A folder with a manifest is finished.
 
-A finished folder with the same config.json is reused. One made with other settings is an error that names the first
-difference: nothing is overwritten.
+A finished folder with the same config.json is reused, if its files still have those digests. One made with other
+settings is an error that names the first difference: nothing is overwritten.
 """
 
 import hashlib
 import json
 import os
+import platform
 import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,14 @@ class Stage:
     def finished(self) -> bool:
         return (self.folder / "manifest.json").exists()
 
+    def check_outputs(self) -> None:
+        """Raise InputError if a file of a finished stage is not the one that was written."""
+        for name, digest in read_json(self.folder / "manifest.json")["outputs"].items():
+            path = self.folder / name
+            if not path.is_file() or file_digest(path) != digest:
+                state = "changed" if path.is_file() else "gone"
+                raise InputError(f"{path}: {state} since its stage was finished; delete {self.folder} to make it anew")
+
     def outputs(self) -> list[Path]:
         files = (p for p in self.folder.rglob("*") if p.is_file() and not p.is_relative_to(self.work))
         return sorted(p for p in files if p.name not in NOT_RESULTS and p.suffix != ".part")
@@ -133,6 +143,8 @@ def open_stage(folder: Path, config: Mapping[str, Any], inputs: Mapping[str, str
     else:
         write_json(folder / "config.json", key)
     if stage.finished:
+        shutil.rmtree(stage.work, ignore_errors=True)  # a kill can come between the manifest and this
+        stage.check_outputs()
         yield stage
         return
     stage.work.mkdir(parents=True, exist_ok=True)
@@ -141,18 +153,25 @@ def open_stage(folder: Path, config: Mapping[str, Any], inputs: Mapping[str, str
     try:
         yield stage
     finally:
-        previous = (
-            read_json(folder / "timing.json")
-            if (folder / "timing.json").exists()
-            else {"seconds": 0.0, "peak_bytes": 0}
-        )
-        write_json(
-            folder / "timing.json",
-            {
-                "seconds": round(previous["seconds"] + time.monotonic() - start, 3),
-                "peak_bytes": max(previous["peak_bytes"], peak_bytes()),
-            },
-        )
-    shutil.rmtree(stage.work)
+        write_timing(folder / "timing.json", time.monotonic() - start)
     digests = {str(p.relative_to(folder)): file_digest(p) for p in stage.outputs()}
     write_json(folder / "manifest.json", {"outputs": digests})
+    shutil.rmtree(stage.work)
+
+
+def write_timing(path: Path, seconds: float) -> None:
+    """Add an attempt's time and peak memory to those before, and say what made the stage."""
+    before = read_json(path) if path.exists() else {"seconds": 0.0, "peak_bytes": 0}
+    total, peak = before["seconds"] + seconds, max(before["peak_bytes"], peak_bytes())
+    made_with = {name: version(name) for name in ("nacd_fast", "torch", "transformers", "peft") if installed(name)}
+    made_with |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    write_json(path, {"seconds": round(total, 3), "peak_bytes": peak, "made_with": made_with})
+
+
+def installed(name: str) -> bool:
+    """False for nacd_fast where it runs from a checkout that is not installed."""
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

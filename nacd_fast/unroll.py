@@ -14,7 +14,7 @@ project.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -236,21 +236,24 @@ class _Unroll(torch.autograd.Function):
         for n, start, stop in reversed(bounds(sweep.counts)):
             theta, state, grad = ctx.kept[n]
             guess = torch.zeros_like(theta) if grad is None else grad
-            w = pull_back(update, n, theta, state, guess, lr[n], v, d_state).grad
+            back = pull_back(update, n, theta, state, guess, lr[n], v, d_state)
             replayed[n], g, curvature, d_values[start:stop] = sweep.dual_pass(
-                theta, w, n, values[start:stop], wanted[start:stop]
+                theta, back.grad, n, values[start:stop], wanted[start:stop]
             )
-            back = pull_back(update, n, theta, state, g if grad is None else grad, lr[n], v, d_state)
+            if grad is None:  # affine in the gradient: its own cotangent was right, that of lr needs the gradient
+                back = pull_back(update, n, theta, state, g, lr[n], v, d_state)
             v, d_state, d_lr[n] = back.theta + curvature, back.state, back.lr
         check_replay(ctx.losses, torch.stack(replayed).float())
         return (v, d_lr, *d_values)
 
 
-class Pulled:
+class Pulled(NamedTuple):
     """Cotangents of what an update step reads."""
 
-    def __init__(self, theta: Tensor, grad: Tensor, lr: Tensor, *state: Tensor):
-        self.theta, self.grad, self.lr, self.state = theta, grad, lr, state
+    theta: Tensor
+    grad: Tensor
+    lr: Tensor
+    state: tuple[Tensor, ...]
 
 
 def pull_back(
@@ -267,11 +270,10 @@ def pull_back(
     with torch.enable_grad():
         read = [t.detach().requires_grad_() for t in (theta, grad, lr, *state)]
         new_theta, new_state = update.step(read[0], tuple(read[3:]), read[1], read[2], n)
-        return Pulled(
-            *torch.autograd.grad(
-                (new_theta, *new_state), read, (v, *d_state), allow_unused=True, materialize_grads=True
-            )
+        theta_c, grad_c, lr_c, *state_c = torch.autograd.grad(
+            (new_theta, *new_state), read, (v, *d_state), allow_unused=True, materialize_grads=True
         )
+    return Pulled(theta_c, grad_c, lr_c, tuple(state_c))
 
 
 def bounds(counts: Sequence[int]) -> list[tuple[int, int, int]]:

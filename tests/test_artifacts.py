@@ -57,6 +57,27 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, config: dict, inputs
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_a_changed_or_lost_output_is_refused(tmp_path: Path) -> None:
+    work(tmp_path, {})
+    (tmp_path / "sub" / "out.txt").write_text("0ut")
+    with pytest.raises(InputError, match=r"out.txt: changed since its stage was finished"):
+        work(tmp_path, {})
+    (tmp_path / "sub" / "out.txt").unlink()
+    with pytest.raises(InputError, match=r"out.txt: gone since its stage was finished"):
+        work(tmp_path, {})
+
+
+def test_a_kill_after_the_manifest_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nacd_fast.artifacts.shutil.rmtree", killed)
+        work(tmp_path, {})
+    assert (tmp_path / "work").exists()
+    assert not work(tmp_path, {}) and not (tmp_path / "work").exists()
+
+
 def test_an_exception_keeps_the_work_and_adds_up_the_time(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), open_stage(tmp_path, {}) as stage:
