@@ -65,7 +65,7 @@ gpu-check:  ## on a GPU machine as it is: native build, tests marked gpu, quick 
 	NACD_NATIVE=1 $(PYTHON) setup.py -q build_ext --inplace
 	@files=$$(grep -rl --include='test_*.py' 'mark\.gpu' tests); [ -n "$$files" ] || { echo "no test is marked gpu"; exit 0; }; \
 	    set -x; $(PYTHON) -m pytest -q -m gpu $$files
-	@set -e; for file in $$(grep -l -- --device bench/bench_*.py); do name=$$(basename $$file .py); echo "== $$name"; \
+	@set -e; for file in bench/bench_*.py; do name=$$(basename $$file .py); echo "== $$name"; \
 	    $(PYTHON) $$file --quick --device cuda --json runs/gpu/$$name.json; done
 
 clean:  ## remove the environment and everything built; runs/ stays

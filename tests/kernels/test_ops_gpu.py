@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from nacd_fast.unroll import SGD, unrolled_sgd
 from torch import Tensor
 
+from nacd_fast.unroll import SGD, unrolled_sgd
 from tests.kernels import test_ops as on_cpu
 
 pytestmark = pytest.mark.gpu
