@@ -4,11 +4,11 @@ NLL is in nats per supervised token, summed over the set and divided by its supe
 more than a short one. Accuracy is the paper's for OPT (section 4.1): every candidate takes the place of the last
 response, and the one with the highest *average* log-likelihood per token wins; ties take the lowest index.
 
-Sequences are batched by length and padded on the right; equal ones are scored once. Only supervised positions reach the
-vocabulary product, where the model's head allows it. B sequences, T tokens, P supervised positions, n items, m rows.
+Sequences are batched by length and padded on the right; equal ones are scored once. n items, m rows.
 """
 
 import hashlib
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,20 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import file_digest, open_stage, read_json, write_json
 from .config import DataConfig, EvaluateConfig, ModelConfig
-from .data import IGNORE, Encoded, Example, choice_examples, collate, digest, encode_set
+from .data import IGNORE, Encoded, Example, choice_examples, digest, encode_set
 from .errors import InputError, NonFiniteError
 from .intervals import Items, summarise, write_items
+from .losses import losses_by_length
 from .progress import progress_bar
-from .student import first_line, load_model, max_positions
+from .student import first_line, load_model, max_positions, model_digest
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-LOGIT_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -84,59 +82,19 @@ def plan_rows(test: Sequence[Example], tokenizer: PreTrainedTokenizerBase, data:
     return plan
 
 
-def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model, with the adapters injected in it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def has_plain_head(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether the logits are the output embedding times the decoder's output and nothing else (no scale, no softcap).
-
-    Told by trying it on ids [1, T], to the bit: families differ, and keep adding ways to bend their logits.
-    """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if decoder is model or head is None:
-        return False
-    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
-
-
-def token_losses(model: PreTrainedModel, ids: Tensor, at: Tensor, targets: Tensor, plain_head: bool) -> Tensor:
-    """-log p(target) in float32 [P]. ids [B, T] right padded; at [B, T] marks the P positions that predict targets [P].
-
-    No attention mask: behind a causal mask no supervised token sees the padding.
-    """
-    if not plain_head:
-        logits = model(input_ids=ids, use_cache=False).logits[at]
-        return cross_entropy(logits.float(), targets, reduction="none")
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[at]
-    head = model.get_output_embeddings()
-    chunk = max(1, LOGIT_ELEMENTS // head.weight.shape[0])
-    return torch.cat(
-        [cross_entropy(head(h).float(), t, reduction="none") for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    )
-
-
-@torch.inference_mode()
-def row_nll(model: PreTrainedModel, plan: Plan, batch: int, pad_id: int, label: str) -> tuple[np.ndarray, np.ndarray]:
+def row_nll(
+    model: PreTrainedModel | PeftModel, plan: Plan, batch: int, pad_id: int, label: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Sum of -log p over supervised tokens [m] float64 and their number [m] int64, for every row of the plan.
 
     Raises NonFiniteError with the item's id.
     """
     rows = plan.rows
     sums, tokens = np.zeros(len(rows)), np.array([sum(label != IGNORE for label in row.labels[1:]) for row in rows])
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
-    plain_head = has_plain_head(model, torch.tensor([rows[order[0]].input_ids], device=model.device))
-    starts = range(0, len(rows), batch)
-    with progress_bar(label, len(starts)) as bar:
-        for start in starts:
-            chosen = order[start : start + batch]
-            tensors = collate([rows[i] for i in chosen], pad_id)
-            ids, labels = tensors["input_ids"].to(model.device), tensors["labels"][:, 1:].to(model.device)
-            at = labels != IGNORE
-            losses = token_losses(model, ids[:, :-1], at, labels[at], plain_head).cpu().double()
-            owner = at.nonzero()[:, 0].cpu()
-            sums[chosen] = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, owner, losses).numpy()
+    with progress_bar(label, math.ceil(len(rows) / batch)) as bar:
+        for chosen, losses, owner in losses_by_length(model, rows, batch, pad_id):
+            zeros = torch.zeros(len(chosen), dtype=torch.float64)
+            sums[chosen] = zeros.index_add(0, owner.cpu(), losses.cpu().double()).numpy()
             for i in chosen:
                 if not np.isfinite(sums[i]):
                     raise NonFiniteError(f"item {plan.owners[i]!r}: its NLL in {label} is {sums[i]}; must be finite")
@@ -148,7 +106,7 @@ def score(
     model: PreTrainedModel | PeftModel, plan: Plan, test: Sequence[Example], batch: int, pad_id: int, label: str
 ) -> Items:
     """NLL of every item's response, and whether its right candidate has the highest average log-likelihood."""
-    sums, tokens = row_nll(base_of(model).eval(), plan, batch, pad_id, label)
+    sums, tokens = row_nll(model, plan, batch, pad_id, label)
     correct = np.full(len(test), np.nan)
     for i, (example, candidates) in enumerate(zip(test, plan.candidates)):
         if candidates:
@@ -192,7 +150,6 @@ def run(
     """
     check_input(test, adapter)
     settings = {
-        "label": label,
         "model": model.path,
         "dtype": model.dtype,
         "template": data.template,
@@ -207,6 +164,7 @@ def run(
     if not (folder / "manifest.json").exists():  # bad input must be found before the folder is made
         student, tokenizer = load(model, adapter)
         plan = plan_rows(test, tokenizer, data, max_positions(student))
+    inputs["model"] = model_digest(model.path)
     with open_stage(folder, settings, inputs) as stage:
         if not stage.finished:
             items = score(student, plan, test, config.batch, tokenizer.pad_token_id or 0, label)

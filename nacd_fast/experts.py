@@ -7,7 +7,6 @@ Equation 2's theta^{t + M} against theta^t: snapshots are named by optimiser ste
 epoch. At step 0 every B is 0, and A is drawn from the expert's seed.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,8 +19,9 @@ from .artifacts import open_stage, write_json
 from .config import DataConfig, ExpertConfig, ModelConfig
 from .data import Example, digest, encode_set
 from .store import TrajectoryWriter
-from .student import adapter_state, add_lora, load_model, max_positions
+from .student import adapter_state, add_lora, load_model, max_positions, model_digest
 from .training import Observer, Samples, check_batch, check_lengths, data_settings, model_settings, train
+from .training import steps_per_epoch as steps_per_epoch  # of an expert, for the stages that read its trajectory
 
 
 class Snapshots(Observer):
@@ -57,14 +57,16 @@ def run(
 ) -> Path:
     """Train one expert on `examples`; `seed` draws its adapters and its order of samples. Returns `folder`."""
     check_batch("the full set", len(examples), "experts.batch", config.batch)
-    per_epoch = math.ceil(len(examples) / config.batch)
+    per_epoch = steps_per_epoch(len(examples), config.batch)
     steps = total_steps(config, per_epoch)
     if not (folder / "manifest.json").exists():  # bad input must be found before the folder is made
         base, tokenizer = load_model(model.path, model.dtype, model.device)
         samples = Samples([e.id for e in examples], encode_set(examples, tokenizer, data))
         check_lengths(samples.ids, samples.rows, [0] * len(examples), max_positions(base))
         student = add_lora(base, model, seed)
-    with open_stage(folder, settings(model, data, config, seed), {"train": digest(examples)}) as stage:
+    with open_stage(
+        folder, settings(model, data, config, seed), {"train": digest(examples), "model": model_digest(model.path)}
+    ) as stage:
         if stage.finished:
             return folder
         with TrajectoryWriter(folder / "trajectory") as writer:

@@ -11,7 +11,7 @@ decay or plain SGD, constant learning rate, no warm-up, no clipping, no dropout:
 - *Non-finite numbers.* The loss and the gradient's norm are looked at in each step, before the update: one transfer
   from the device. The state before the bad step is saved as a checkpoint.
 
-Sizes: B batch, T tokens, D hidden, V vocabulary, k prompt tokens, P supervised positions, n samples.
+Sizes: D hidden, k prompt tokens, n samples.
 """
 
 import math
@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from .artifacts import file_digest, read_json, write_json
 from .config import DataConfig, ModelConfig
-from .data import IGNORE, Encoded, collate
+from .data import Encoded, collate
 from .errors import InputError, NonFiniteError
+from .losses import base_model, token_losses
 from .progress import Bar, progress_bar
 from .student import adapter_parameters
 
@@ -87,6 +87,11 @@ def check_batch(name: str, samples: int, setting: str, batch: int) -> None:
         raise InputError(f"{name} has {samples} samples, fewer than {setting}={batch}: must fill one batch")
 
 
+def steps_per_epoch(samples: int, batch: int) -> int:
+    """Optimiser steps that take every sample once; the last batch may be smaller."""
+    return math.ceil(samples / batch)
+
+
 class Batches(Dataset):
     """The batches of a whole training, by step from 0. The last one of an epoch may be smaller.
 
@@ -95,7 +100,7 @@ class Batches(Dataset):
 
     def __init__(self, samples: Samples, batch: int, steps: int, seed: int, pad_id: int):
         self.samples, self.batch, self.steps, self.seed, self.pad_id = samples, batch, steps, seed, pad_id
-        self.per_epoch = math.ceil(len(samples.rows) / batch)
+        self.per_epoch = steps_per_epoch(len(samples.rows), batch)
         self.epoch, self.order = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
@@ -115,48 +120,6 @@ class Batches(Dataset):
         if self.samples.prompts is not None:
             tensors["prompts"] = self.samples.prompts[indices]
         return tensors
-
-
-# --- loss -------------------------------------------------------------------------------------------------------------
-
-
-def token_losses(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, prompts: Tensor | None = None) -> Tensor:
-    """-log p of every supervised token: [P] float32.
-
-    input_ids, labels [B, T] right padded; prompts [B, k, D] are put in front, unsupervised. No attention mask: behind a
-    causal mask no supervised token sees the padding. Only the P hidden states that predict a supervised token enter
-    the vocabulary product: a hook on the head picks them, so that what a family does to its logits still happens.
-    """
-    x = model.get_input_embeddings()(input_ids[:, :-1])
-    targets = labels[:, 1:]
-    if prompts is not None:
-        x = torch.cat([prompts.to(x.dtype), x], 1)
-        targets = pad(targets, (prompts.shape[1], 0), value=IGNORE)
-    keep = targets != IGNORE
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0][keep],))
-    try:
-        logits = model(inputs_embeds=x, use_cache=False).logits
-    finally:
-        hook.remove()
-    return cross_entropy(logits.float(), targets[keep], reduction="none")
-
-
-def base_model(model: PeftModel) -> PreTrainedModel:
-    """The transformers model with the adapters in it, in eval mode: nothing is dropped out, in training neither."""
-    base: Any = model.get_base_model()
-    return base.eval()
-
-
-@torch.inference_mode()
-def mean_nll(model: PeftModel, rows: Sequence[Encoded], batch: int, pad_id: int) -> float:
-    """Mean of -log p over all supervised tokens of `rows` (not the mean of the rows' means)."""
-    base, total, tokens = base_model(model), 0.0, 0
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
-    for start in range(0, len(order), batch):
-        tensors = collate([rows[i] for i in order[start : start + batch]], pad_id)
-        losses = token_losses(base, tensors["input_ids"].to(base.device), tensors["labels"].to(base.device))
-        total, tokens = total + losses.double().sum().item(), tokens + losses.numel()
-    return total / tokens
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -23,17 +23,18 @@ from .artifacts import Stage, open_stage, read_json, write_atomic, write_json
 from .config import DataConfig, ModelConfig, TuneConfig
 from .data import IGNORE, Encoded, Example, digest, encode_set
 from .errors import InputError, NonFiniteError
+from .losses import mean_nll
 from .store import TrajectoryStore, TrajectoryWriter
-from .student import adapter_state, add_lora, load_adapter_state, load_model, max_positions
+from .student import adapter_state, add_lora, load_adapter_state, load_model, max_positions, model_digest
 from .training import (
     Observer,
     Samples,
     check_batch,
     check_lengths,
     data_settings,
-    mean_nll,
     model_settings,
     save_adapter,
+    steps_per_epoch,
     train,
 )
 
@@ -170,7 +171,7 @@ def run(
     check_batch("the set to tune on", len(train_set), "tune.batch", config.batch)
     if not validation:
         raise InputError("the validation split is empty: must have at least one sample, to choose the epoch by")
-    per_epoch = math.ceil(len(train_set) / config.batch)
+    per_epoch = steps_per_epoch(len(train_set), config.batch)
     if not (folder / "manifest.json").exists():  # bad input must be found before the folder is made
         base, tokenizer = load_model(model.path, model.dtype, model.device)
         embeddings: Any = base.get_input_embeddings()
@@ -179,7 +180,12 @@ def run(
         held_out = encode_set(validation, tokenizer, data)
         check_lengths([e.id for e in validation], held_out, [0] * len(held_out), max_positions(base))
         student = add_lora(base, model, seed)
-    digests = {"train": digest(train_set), "validation": digest(validation), "prompts": prompt_digest(prompts)}
+    digests = {
+        "model": model_digest(model.path),
+        "train": digest(train_set),
+        "validation": digest(validation),
+        "prompts": prompt_digest(prompts),
+    }
     with open_stage(folder, settings(model, data, config, epochs, seed), {**(inputs or {}), **digests}) as stage:
         if stage.finished:
             return folder

@@ -1,5 +1,6 @@
 """Scores against Hugging Face's own loss, sample by sample; accuracy, ties, and what bad input gets."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nacd_fast import evaluate
+from nacd_fast import evaluate, losses
 from nacd_fast.config import DataConfig, EvaluateConfig, ModelConfig
 from nacd_fast.data import Example, choice_examples, encode, read_set
 from nacd_fast.errors import InputError, NonFiniteError
@@ -108,8 +109,6 @@ def test_nll_is_hugging_faces(models: Path, test_set: list[Example], tmp_path: P
     np.testing.assert_allclose(items.nll_sum, [nll for nll, _ in expected], rtol=1e-5)
     assert scores["nll"] == pytest.approx(sum(n for n, _ in expected) / sum(t for _, t in expected), rel=1e-6)
     assert scores["nll_interval"][0] < scores["nll"] < scores["nll_interval"][1]
-    with torch.inference_mode():  # Gemma 2 bends its logits: there the fast way must not be taken
-        assert evaluate.has_plain_head(model, torch.tensor([[5, 6, 7]])) == (family != "gemma2")
 
 
 def test_adapter_is_used(models: Path, test_set: list[Example], tmp_path: Path) -> None:
@@ -200,12 +199,28 @@ def test_finished_cell_is_reused(
     assert score(tmp_path / "cell", config, test_set) == first
 
 
+def test_progress_label_is_no_setting(models: Path, test_set: list[Example], tmp_path: Path) -> None:
+    config = ModelConfig(path=str(models / "opt"))
+    first = score(tmp_path / "cell", config, test_set)
+    settings = EvaluateConfig(batch=4, bootstrap=200)
+    assert evaluate.run(tmp_path / "cell", config, DATA, settings, test_set, None, "another label") == first
+
+
+def test_another_model_in_the_same_folder(models: Path, test_set: list[Example], tmp_path: Path) -> None:
+    shutil.copytree(models / "opt", tmp_path / "model")
+    config = ModelConfig(path=str(tmp_path / "model"))
+    score(tmp_path / "cell", config, test_set)
+    build("opt", 2048).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"made with other settings \(inputs.model="):
+        score(tmp_path / "cell", config, test_set)
+
+
 def test_chunks_of_logits(
     models: Path, test_set: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ModelConfig(path=str(models / "llama"))
     whole = score(tmp_path / "whole", config, test_set)
-    monkeypatch.setattr(evaluate, "LOGIT_ELEMENTS", 3 * 2048)
+    monkeypatch.setattr(losses, "LOGIT_ELEMENTS", 3 * 2048)
     assert score(tmp_path / "chunks", config, test_set)["nll"] == pytest.approx(whole["nll"], rel=1e-6)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nacd_fast import experts, store, training
+from nacd_fast import experts, losses, store, training
 from nacd_fast.config import DataConfig, ExpertConfig, ModelConfig
 from nacd_fast.data import Example
 from nacd_fast.errors import InputError, NonFiniteError
@@ -95,12 +95,25 @@ def test_a_finished_expert_is_reused(whole: Path, model: ModelConfig, monkeypatc
         run(whole, model, examples=EXAMPLES[:-1])
 
 
+def test_another_model_in_the_same_folder(tmp_path: Path) -> None:
+    model = ModelConfig(path=make_model(tmp_path / "model"), rank=4, device="cpu")
+    folder = run(tmp_path / "expert0", model, replace(CONFIG, max_steps=1))
+    make_model(tmp_path / "model", scale=0.1)
+    with pytest.raises(InputError, match=r"made with other settings \(inputs.model="):
+        run(folder, model, replace(CONFIG, max_steps=1))
+
+
+def test_steps() -> None:
+    assert [experts.steps_per_epoch(samples, 4) for samples in (4, 5, 8)] == [1, 2, 2]
+    assert [experts.total_steps(replace(CONFIG, max_steps=most), 6) for most in (0, 9, 99)] == [18, 9, 18]
+
+
 # Killed and run again
 
 
 KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in a step": lambda m: m.setattr(
-        training, "token_losses", at_call(random.Random(0).randrange(2, 18), training.token_losses)
+        training, "token_losses", at_call(random.Random(0).randrange(2, 18), losses.token_losses)
     ),
     "after a snapshot": lambda m: m.setattr(experts.Snapshots, "after", after_snapshot(experts.Snapshots.after, 8)),
     "in a snapshot": lambda m: m.setattr(
@@ -169,7 +182,7 @@ def test_killed_and_run_again(
                 ],
                 "data": DataConfig(max_tokens=POSITIONS + 9),
             },
-            f"sample 'long': k=0 prompt tokens and {POSITIONS + 9} of its own, the model takes at most {POSITIONS} in all",
+            f"sample 'long': k=0 prompt tokens and {POSITIONS + 9} of its own, the model takes at most {POSITIONS} in",
         ),
     ],
 )

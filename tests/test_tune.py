@@ -16,8 +16,8 @@ from nacd_fast import store, training, tune
 from nacd_fast.config import DataConfig, ModelConfig, TuneConfig
 from nacd_fast.data import Example, encode_set
 from nacd_fast.errors import InputError, NonFiniteError
+from nacd_fast.losses import mean_nll
 from nacd_fast.student import adapter_state, load_model
-from nacd_fast.training import mean_nll
 from tests.tiny import POSITIONS, WIDTH, WORDS, at_call, kill_self, make_examples, make_model, run_killed, tree_digests
 
 DATA = DataConfig(max_tokens=48)
@@ -173,6 +173,14 @@ def test_a_finished_run_is_reused(whole: Path, model: ModelConfig, monkeypatch: 
         with pytest.raises(InputError, match="made with other settings") as caught:
             run(whole, model, **{"prompts": some_prompts(), **change})
         assert what in str(caught.value)
+
+
+def test_another_model_in_the_same_folder(tmp_path: Path) -> None:
+    model = ModelConfig(path=make_model(tmp_path / "model"), rank=4, device="cpu")
+    folder = run(tmp_path / "seed0", model, epochs=1)
+    make_model(tmp_path / "model", scale=0.1)
+    with pytest.raises(InputError, match=r"made with other settings \(inputs.model="):
+        run(folder, model, epochs=1)
 
 
 # Killed and run again
