@@ -5,6 +5,8 @@ paper states one; recipes/ holds whole settings.
 """
 
 from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
 from typing import Literal
 
 from .errors import InputError
@@ -46,7 +48,7 @@ class DataConfig:
     train: str = "demo"
     """Full set: a file (.jsonl, .json, .parquet), a folder of them, a hub name, or `demo`."""
     validation: str = "demo"
-    """Split that every choice is made on (best epoch, learning rates). Form as `train`."""
+    """Split that every choice is made on (epoch, learning rates). Form as `train`; all three are `demo`, or none."""
     test: str = "demo"
     """Held-out split that scores are reported on. Form as `train`."""
     template: Literal["plain", "chat"] = "plain"
@@ -56,6 +58,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 8, "data.max_tokens", self.max_tokens, "at least 8")
+        sources = {f"data.{split}": getattr(self, split) for split in ("train", "validation", "test")}
+        own = next((f"{name}={source!r}" for name, source in sources.items() if source != "demo"), None)
+        for name, source in sources.items():
+            require(source != "demo" or own is None, name, source, f"given together with {own}, not the demo's")
+        paths = {name: Path(source).expanduser().resolve() for name, source in sources.items()}
+        for first, second in combinations(sources, 2):
+            shared = paths[first] == paths[second] and paths[first].is_file()  # folders and hub sets have parts
+            require(
+                not shared,
+                second,
+                sources[second],
+                f"another file than {first}, or the scores are of what was trained on",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,3 +225,4 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed")
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "without repetition")
+        require(all(0 <= seed < 2**32 for seed in self.seeds), "seeds", self.seeds, "from 0 to 2**32 - 1 each")

@@ -1,6 +1,7 @@
 """Limits are checked where a setting is made; the defaults are the paper's."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,12 @@ def test_defaults_are_the_papers() -> None:
         (lambda: ModelConfig(lora_alpha=0), "model.lora_alpha=0"),
         (lambda: ModelConfig(targets=()), "model.targets"),
         (lambda: DataConfig(max_tokens=7), "data.max_tokens=7: must be at least 8"),
+        (
+            lambda: DataConfig(train="mine.jsonl"),
+            "data.validation='demo': must be given together with data.train='mine.jsonl', not the demo's",
+        ),
+        (lambda: DataConfig(train="a", validation="b"), "data.test='demo': must be given together with data.train='a'"),
+        (lambda: DataConfig(test="c"), "data.train='demo': must be given together with data.test='c'"),
         (lambda: SelectConfig(fraction=1.1), "select.fraction=1.1"),
         (lambda: SelectConfig(method="ids"), "select.ids=''"),
         (lambda: SelectConfig(ids="x"), "select.ids='x'"),
@@ -55,8 +62,30 @@ def test_defaults_are_the_papers() -> None:
         (lambda: EvaluateConfig(bootstrap=10), "evaluate.bootstrap=10"),
         (lambda: RunConfig(seeds=()), r"seeds=\(\)"),
         (lambda: RunConfig(seeds=(1, 1)), "without repetition"),
+        (lambda: RunConfig(seeds=(0, -1)), r"seeds=\(0, -1\): must be from 0 to 2\*\*32 - 1 each"),
+        (lambda: RunConfig(seeds=(2**32,)), r"seeds=\(4294967296,\): must be from 0"),
     ],
 )
 def test_limits_are_named(make: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_the_last_seed_is_allowed() -> None:
+    assert RunConfig(seeds=(0, 2**32 - 1)).seeds[1] == 2**32 - 1
+
+
+def test_one_file_is_not_two_splits(tmp_path: Path) -> None:
+    path, other = tmp_path / "set.jsonl", tmp_path / "other.jsonl"
+    path.touch()
+    again = tmp_path / "again.jsonl"
+    again.symlink_to(path)
+    for same in (str(path), f"{tmp_path}/../{tmp_path.name}/set.jsonl", str(again)):
+        with pytest.raises(InputError, match=r"data\.test='.*': must be another file than data\.train"):
+            DataConfig(train=str(path), validation=str(other), test=same)
+    DataConfig(train=str(path), validation=str(other), test=str(tmp_path))
+
+
+def test_a_folder_or_a_hub_set_has_all_splits(tmp_path: Path) -> None:
+    for source in (str(tmp_path), "org/set"):
+        assert DataConfig(train=source, validation=source, test=source).test == source
