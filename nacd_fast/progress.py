@@ -1,5 +1,6 @@
-"""Progress of a long stage: a bar on a terminal, now and then a line in a log; loss, alpha, s/it, peak memory, ETA."""
+"""Progress of a long stage: a bar on a terminal, else a line now and then; loss, alpha, s/it, peak memory, ETA."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class Bar:
         if not self.progress.console.is_terminal and (now >= self.next_line or self.done >= self.total):
             self.next_line = now + LOG_SECONDS
             eta = pace * (self.total - self.done)
-            print(f"{self.label}  {self.done}/{self.total}  {shown}  ETA {eta:.0f} s", flush=True)
+            print(f"{self.label}  {self.done}/{self.total}  {shown}  ETA {eta:.0f} s", file=sys.stderr, flush=True)
 
 
 @contextmanager

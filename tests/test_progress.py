@@ -14,7 +14,9 @@ def test_a_log_gets_a_line_now_and_then_and_the_last(
     with progress_bar("matching", total=10, done=6) as bar:
         for _ in range(4):
             bar.advance(loss=0.5, alpha=0.125)
-    shown = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    shown = captured.err.splitlines()
+    assert captured.out == ""
     assert len(shown) == lines
     assert shown[-1].startswith("matching  10/10  loss 0.5  alpha 0.125  ") and "s/it  peak " in shown[-1]
     assert shown[-1].endswith("MiB  ETA 0 s")
@@ -28,4 +30,4 @@ def test_pace_counts_only_the_steps_made_here(monkeypatch: pytest.MonkeyPatch, c
     with progress_bar("x", total=100, done=90) as bar:
         bar.advance()
         bar.advance()
-    assert "2 s/it" in (last := capsys.readouterr().out.splitlines()[-1]) and last.endswith("ETA 16 s")
+    assert "2 s/it" in (last := capsys.readouterr().err.splitlines()[-1]) and last.endswith("ETA 16 s")
