@@ -117,7 +117,8 @@ def hub_rows(source: str, split: str) -> Iterator[Row]:
     name, _, config = source.partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError) as error:   # no such set, configuration or split; no network
+    # no such set, configuration or split; no network; a file in it that cannot be read
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source}: no such file or folder, and its split {split!r} cannot be loaded from the hub "
                          f"({first_line(error)})") from None
     for number, value in enumerate(rows, 1):
@@ -125,4 +126,4 @@ def hub_rows(source: str, split: str) -> Iterator[Row]:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

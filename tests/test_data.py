@@ -215,6 +215,18 @@ def test_hub_set_goes_through_load_dataset(tmp_path: Path, monkeypatch: pytest.M
         read_set("org/dolly-15k", "test")
 
 
+def test_hub_set_with_a_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "a"}\n{"prom')
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: real(
+        str(tmp_path / "set"), split=split, cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(InputError, match=r"^org/set: no such file or folder, and its split 'train' cannot be loaded"):
+        read_set("org/set", "train")
+
+
 def test_hub_without_network_is_an_input_error() -> None:
     code = ("from nacd_fast.data import read_set\nfrom nacd_fast.errors import InputError\n"
             "try: read_set('no-such-org/no-such-set', 'train')\nexcept InputError as error: print(error)")
