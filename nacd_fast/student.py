@@ -7,16 +7,20 @@ fused attention, SiLU and the norms are missing or wrong (DESIGN: one op is four
 
 import hashlib
 import json
+import struct
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from types import MethodType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -42,12 +46,25 @@ from nacd_kernels import (
 
 from .artifacts import file_digest
 from .config import ModelConfig
+from .data import IGNORE
 from .errors import InputError
+from .rows import first_line as first_line
 
 DEMO = {"demo": "model", "demo-sibling": "sibling"}
 MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".gguf")
 FAMILIES = ("llama", "opt")
 ADAPTER = "default"
+LOAD_ERRORS = (  # what transformers and the readers below it raise on a broken model folder
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    EOFError,
+    struct.error,
+    UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def resolve_model(path: str) -> str:
@@ -56,8 +73,11 @@ def resolve_model(path: str) -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """`auto` is the GPU where there is one. Raises InputError on a device that this machine lacks."""
+    gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    if device not in ("auto", "cpu", *gpus):
+        raise InputError(f"model.device={device!r}: must be one of {', '.join(('auto', 'cpu', *gpus))} on this machine")
+    return torch.device((gpus or ["cpu"])[0] if device == "auto" else device)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -70,7 +90,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise InputError(f"{where}: no tokenizer in this model folder (tokenizer.json, tokenizer.model or vocab.json)")
     try:
         return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # on a bad tokenizer.json the tokenizers library raises no type of its own
         raise InputError(f"{path}: its tokenizer does not load ({first_line(error)})") from None
 
 
@@ -79,21 +99,35 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM, frozen and without dropout, and its tokenizer.
 
-    path: hub name, folder, `demo` or `demo-sibling`. Raises InputError if either is missing or does not load.
+    path: hub name, folder, `demo` or `demo-sibling`. Raises InputError if either is missing or does not load, and if
+    the files lack one of the model's weights.
     """
-    where = resolve_model(path)
+    where, place = resolve_model(path), resolve_device(device)
     tokenizer = load_tokenizer(path)
     if Path(where).is_dir() and not (Path(where) / "config.json").exists():
         raise InputError(f"{where}: no config.json in this model folder")
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except LOAD_ERRORS as error:
         raise InputError(f"{path}: the model does not load ({first_line(error)})") from None
+    check_weights(path, found)
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {known}")
     disable_dropout(model)
-    return model.requires_grad_(False).to(resolve_device(device)), tokenizer
+    return model.requires_grad_(False).to(place), tokenizer
+
+
+def check_weights(path: str, found: Mapping[str, Any]) -> None:
+    """Every weight came from the files; transformers only warns, and draws the others at random."""
+    for name in sorted(found["missing_keys"]):
+        raise InputError(f"{path}: the model's files lack the weight {name}")
+    for name, shape, expected in sorted(found["mismatched_keys"]):
+        raise InputError(
+            f"{path}: the weight {name} has the shape {list(shape)}, its config.json says {list(expected)}"
+        )
 
 
 def model_digest(path: str) -> str:
@@ -110,10 +144,6 @@ def _files_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     """Of names and contents; sizes and times are there to tell the cache of a change."""
     digests = {path.name: file_digest(path) for path, _, _ in files}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -217,11 +247,24 @@ class Student:
         self.lora_layers = {
             name: module for name, module in model.named_modules() if isinstance(module, PeftLoraLinear)
         }
+        self._check_layers()
         use_twice_differentiable_ops(base)
         if checkpointing:
             for layer in self.backbone.layers:
                 layer.forward = MethodType(_checkpointed_forward, layer)
         base.eval()
+
+    def _check_layers(self) -> None:
+        """`loss` runs the decoder's adapters only, and takes of the head nothing but the weight."""
+        inside = set(self.backbone.modules())
+        for name, layer in self.lora_layers.items():
+            if layer not in inside:
+                name = name.removeprefix("base_model.model.")
+                raise InputError(f"model.targets: {name} is outside the decoder, where matching learns no adapters")
+        if getattr(self.base.get_output_embeddings(), "bias", None) is not None:
+            raise InputError(
+                f"model type {self.base.config.model_type!r}: its output head has a bias, unknown to matching"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -246,12 +289,12 @@ class Student:
         """Mean cross-entropy over the supervised tokens of the batch.
 
         adapters: by the names of `shapes`; prompts [B, k, D] stand in front of the embedded sample, or None; input_ids,
-        labels [B, T], right-padded, labels -100 where unsupervised (padding needs no mask: attention is causal).
+        labels [B, T], right-padded, labels IGNORE where unsupervised (padding needs no mask: attention is causal).
         """
         x = torch.nn.functional.embedding(input_ids, self.embedding)
         if prompts is not None:
             x = torch.cat([prompts.to(x.dtype), x], 1)
-            labels = torch.nn.functional.pad(labels, (prompts.shape[1], 0), value=-100)
+            labels = torch.nn.functional.pad(labels, (prompts.shape[1], 0), value=IGNORE)
         for name, layer in self.lora_layers.items():
             layer.factors = adapters[f"{name}.lora_A.{ADAPTER}.weight"], adapters[f"{name}.lora_B.{ADAPTER}.weight"]
         hidden = self.backbone(inputs_embeds=x, use_cache=False).last_hidden_state

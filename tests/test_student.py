@@ -1,17 +1,19 @@
 """Loading, LoRA, and the patched model against the one it was."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nacd_fast.config import ModelConfig
 from nacd_fast.errors import InputError
-from nacd_fast.student import Student, adapter_state, add_lora, load_adapter_state, load_model
+from nacd_fast.student import Student, adapter_state, add_lora, load_adapter_state, load_model, resolve_device
 from tests.tiny import make_model
 
 
@@ -104,11 +106,89 @@ def other_family(tmp_path: Path) -> object:
     return Student(add_lora(model, ModelConfig(rank=1, targets=("c_attn", "lm_head")), 0))
 
 
+def without_weight(tmp_path: Path) -> object:
+    path = Path(make_model(tmp_path)) / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
+    return load_model(str(tmp_path))
+
+
+def other_shape(tmp_path: Path) -> object:
+    path = Path(make_model(tmp_path, "opt")) / "model.safetensors"
+    save_file({**load_file(path), "model.decoder.layers.0.fc1.bias": torch.zeros(3)}, path, {"format": "pt"})
+    return load_model(str(tmp_path))
+
+
+def broken(name: str, content: bytes) -> Callable[[Path], object]:
+    """Loads a model folder in which one file has been overwritten."""
+
+    def load(tmp_path: Path) -> object:
+        path = Path(make_model(tmp_path)) / name
+        if name.endswith(".bin"):
+            path.with_name("model.safetensors").unlink()
+        path.write_bytes(content)
+        return load_model(str(tmp_path))
+
+    return load
+
+
+def ill_typed_config(tmp_path: Path) -> object:
+    path = Path(make_model(tmp_path)) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": "wide"}))
+    return load_model(str(tmp_path))
+
+
+def unknown_tokenizer(tmp_path: Path) -> object:
+    path = Path(make_model(tmp_path)) / "tokenizer.json"
+    path.write_text(path.read_text().replace('"BPE"', '"other"'))
+    return load_model(str(tmp_path))
+
+
+def biased_head(tmp_path: Path) -> object:
+    model, _ = load_model(make_model(tmp_path), device="cpu")
+    model.lm_head.bias = nn.Parameter(torch.zeros(model.config.vocab_size), requires_grad=False)
+    return Student(add_lora(model, ModelConfig(rank=1), 0))
+
+
+def test_a_tied_head_is_not_a_missing_weight(tmp_path: Path) -> None:
+    make_model(tmp_path, "opt")
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model, _ = load_model(str(tmp_path), device="cpu")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(("gpus", "auto"), [(0, "cpu"), (2, "cuda")])
+def test_devices(gpus: int, auto: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert resolve_device("auto") == torch.device(auto) and resolve_device("cpu") == torch.device("cpu")
+    if gpus:
+        assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    there = "auto, cpu, cuda, cuda:0, cuda:1" if gpus else "auto, cpu"
+    for device in ("gpu", "cuda:2", *([] if gpus else ["cuda", "cuda:0"])):
+        with pytest.raises(InputError, match=f"^model.device='{device}': must be one of {there} on this machine$"):
+            resolve_device(device)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (missing, "nowhere"),
         (no_config, "no config.json"),
+        (without_weight, "the model's files lack the weight model.layers.0.mlp.up_proj.weight"),
+        (other_shape, r"weight model.decoder.layers.0.fc1.bias has the shape \[3\], its config.json says \[48\]"),
+        (broken("model.safetensors", b"junk"), "the model does not load .*header too small"),
+        (broken("model.safetensors", b"\xff" * 99), "the model does not load"),
+        (broken("pytorch_model.bin", b""), "the model does not load"),
+        (broken("pytorch_model.bin", b"junk"), "the model does not load"),
+        (broken("pytorch_model.bin", b"PK\x03\x04junk"), "the model does not load"),
+        (broken("config.json", b"{"), "does not load"),
+        (ill_typed_config, "does not load .*hidden_size"),
+        (broken("tokenizer.json", b"[]"), "its tokenizer does not load"),
+        (unknown_tokenizer, r"its tokenizer does not load \(data did not match any variant"),
+        (lambda _: Student(lora_model("demo", targets=("q_proj", "lm_head"))), "lm_head is outside the decoder"),
+        (biased_head, "its output head has a bias"),
         (too_many_tokens, "the tokenizer has 2049 tokens, the model only 2048"),
         (other_family, "model type 'gpt2': matching knows llama, opt"),
         (lambda _: lora_model("demo", targets=("c_attn",)), r"has none of these linear layers, only \['down_proj'"),
@@ -116,5 +196,6 @@ def other_family(tmp_path: Path) -> object:
     ],
 )
 def test_what_does_not_fit_is_named(call: Callable, message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         call(tmp_path)
+    assert "\n" not in str(caught.value)
