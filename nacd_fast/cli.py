@@ -12,9 +12,13 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from . import __version__
 from .config import RunConfig
 from .errors import InputError
 
@@ -32,12 +36,34 @@ HELP = {
 
 
 def recipe(name: str) -> str:
-    """Path of a recipe: a file, or the name of one in recipes/."""
+    """Path of a recipe: a file, or the name of one in recipes/. Raises InputError if it holds no settings."""
     named = RECIPES / f"{name}.yaml"
     if not Path(name).is_file() and not named.is_file():
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
         raise InputError(f"--config {name}: no such file, and no recipe of that name (recipes: {known})")
-    return name if Path(name).is_file() else str(named)
+    path = name if Path(name).is_file() else str(named)
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: malformed YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: must hold settings by name, not {type(settings).__name__}")
+    for field in fields(RunConfig):
+        if is_dataclass(field.type) and not isinstance(settings.get(field.name, {}), dict):
+            raise InputError(f"{path}: {field.name}={settings[field.name]!r}: must be settings by name")
+    return path
+
+
+def with_recipes(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with a path in place of a recipe's name behind `--config` or `--config=`."""
+    found: list[str] = []
+    for value in arguments:
+        behind = bool(found) and found[-1] == "--config"
+        flag, equals, name = value.partition("=")
+        found.append(recipe(value) if behind else f"--config={recipe(name)}" if flag + equals == "--config=" else value)
+    return found
 
 
 def make_parser(command: str) -> Any:
@@ -62,7 +88,7 @@ def make_parser(command: str) -> Any:
 def parse(command: str, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
     """The settings, and whether to --dry-run and to --debug. Raises InputError on unknown or ill-typed settings."""
     parser = make_parser(command)
-    arguments = [recipe(value) if i and arguments[i - 1] == "--config" else value for i, value in enumerate(arguments)]
+    arguments = with_recipes(arguments)
     try:
         found = parser.instantiate_classes(parser.parse_args(arguments))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
@@ -105,11 +131,14 @@ def execute(command: str, config: RunConfig, dry_run: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of the command line `arguments` (without the program's name)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:
+        print(f"nacd {__version__}")
+        return 0
     if not given or given[0] not in HELP:
         wants_help = bool(given) and given[0] in ("-h", "--help")
         lines = [f"  {name:9} {text}" for name, text in HELP.items()]
         print(
-            "\n".join(["usage: nacd COMMAND [--config RECIPE] [--help] ...", *lines]),
+            "\n".join(["usage: nacd COMMAND [--config RECIPE] [--help] ...", "       nacd --version", *lines]),
             file=sys.stdout if wants_help else sys.stderr,
         )
         return 0 if wants_help else 2

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+import nacd_fast
 from nacd_fast import cli
 from nacd_fast.config import RunConfig
 from tests.job import make_job
+from tests.tiny import tree_digests
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,12 @@ def data_with(recipe: Path, here: Path, lines: list[str]) -> str:
 
 def refused(arguments: list[str], here: Path, capsys: pytest.CaptureFixture) -> str:
     """The one sentence on stderr of a command that must fail with status 2 and write nothing."""
-    before = sorted(here.rglob("*"))
+    before = sorted(here.rglob("*")), tree_digests(here)
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("nacd: ")]
     assert len(lines) == 1 and "Traceback" not in captured.err
-    assert sorted(here.rglob("*")) == before
+    assert (sorted(here.rglob("*")), tree_digests(here)) == before
     return lines[0]
 
 
@@ -91,6 +93,9 @@ def test_bad_data(recipe: Path, here: Path, capsys: pytest.CaptureFixture, lines
         (["--match.inner_steps", "three"], "match.inner_steps"),
         (["--experts.optimizer", "lion"], "experts.optimizer"),
         (["--seeds", "[1, 1]"], "without repetition"),
+        (["--seeds", "[-1]"], "seeds=(-1,): must be from 0 to 2**32 - 1 each"),
+        (["--data.validation", "demo"], "data.validation='demo': must be given together with data.train='"),
+        (["--model.device", "gpu"], "model.device='gpu': must be one of auto, cpu"),
     ],
 )
 def test_bad_settings(
@@ -103,6 +108,42 @@ def test_unknown_field_in_the_config(recipe: Path, here: Path, capsys: pytest.Ca
     assert "iteration" in refused(
         ["distill", "--config", edited(recipe, here, "iterations: 6", "iteration: 6")], here, capsys
     )
+
+
+def test_only_the_training_set_is_given(here: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments in ([], ["--config", "demo"], ["--config=demo"]):
+        message = refused(["distill", *arguments, "--data.train", "mine.jsonl"], here, capsys)
+        assert "data.validation='demo': must be given together with data.train='mine.jsonl'" in message
+
+
+def test_one_file_for_two_splits(recipe: Path, here: Path, capsys: pytest.CaptureFixture) -> None:
+    path = str(recipe.parent / "data/test.jsonl")
+    arguments = ["--config", str(recipe), "--data.train", path, "--data.validation", path]
+    assert "must be another file than data.train" in refused(["distill", *arguments], here, capsys)
+
+
+@pytest.mark.parametrize("arguments", [["--config", "demo"], ["--config=demo"]])
+def test_a_recipe_is_found_by_its_name(arguments: list[str]) -> None:
+    config, _, _ = cli.parse("distill", [*arguments, "--match.iterations", "7"])
+    assert (config.match.iterations, config.match.span_steps) == (7, 24)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"out: run\n# \xff", "not UTF-8 (invalid start byte at byte 11)"),
+        (b"seeds: [1", "malformed YAML (while parsing a flow sequence"),
+        (b"out: a: b", "malformed YAML (mapping values are not allowed here"),
+        (b"out: \x00", "malformed YAML (unacceptable character"),
+        (b"", "must hold settings by name, not NoneType"),
+        (b"- 1", "must hold settings by name, not list"),
+        (b"data: mine.jsonl", "data='mine.jsonl': must be settings by name"),
+        (b"data:", "data=None: must be settings by name"),
+    ],
+)
+def test_a_broken_recipe(content: bytes, message: str, here: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("mine.yaml").write_bytes(content)
+    assert f"nacd: mine.yaml: {message}" in refused(["distill", "--config", "mine.yaml"], here, capsys)
 
 
 def test_report_of_a_folder_without_scores(here: Path, capsys: pytest.CaptureFixture) -> None:
@@ -205,6 +246,11 @@ def test_dry_run_prints_the_resolved_settings_and_the_plan(
     assert yaml.safe_load(settings)["match"]["inner_steps"] == 3
     assert "full set 16 samples, kept 5" in plan and "S = 6 iterations of N = 3 steps of 2 each" in plan
     assert not list(here.iterdir())
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nacd {nacd_fast.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["disti"]])
