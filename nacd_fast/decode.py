@@ -24,7 +24,7 @@ from .artifacts import folder_digest, open_stage, write_atomic
 from .config import ModelConfig
 from .data import Example, count_sources, digest
 from .errors import InputError
-from .student import load_model
+from .student import load_model, model_digest
 
 CARD = """---
 configs:
@@ -89,7 +89,7 @@ def run(folder: Path, model: ModelConfig, examples: Sequence[Example], matched: 
     prompts = load_file(matched / "prompts.safetensors")["prompts"]
     if len(prompts) != len(examples):
         raise InputError(f"{matched}: {len(prompts)} prompts for {len(examples)} kept samples")
-    inputs = {"matching": folder_digest(matched), "kept": digest(examples)}
+    inputs = {"matching": folder_digest(matched), "kept": digest(examples), "model": model_digest(model.path)}
     with open_stage(folder, {"model": model.path, "dtype": model.dtype}, inputs) as stage:
         if stage.finished:
             return folder

@@ -14,21 +14,25 @@ A finished stage is reused, an unfinished one resumes. `python -m nacd_fast.dist
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import PeftModel
 
 from . import decode, evaluate, experts, matching, report, tune
 from .artifacts import folder_digest, write_atomic, write_json
 from .config import ModelConfig, RunConfig
-from .data import Example, read_set
+from .data import Example, encode_set, read_set
+from .selection import select as choose
 from .selection import stage as selection
+from .student import Student, add_lora, load_model, max_positions, resolve_device
+from .training import check_batch, check_lengths
 
 STAGES = ("select", "experts", "match", "decode", "tune", "evaluate", "report")
 SETTINGS = "config.yaml"
+TRANSFER_GROWTH = 8  # positions kept free for a decoded token in another tokenizer
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,7 @@ class Job:
 
     def select(self) -> None:
         for seed in self.config.seeds:
-            ids = set(selection.run(self.folder("selection", seed), self.full, self.config.select, seed))
-            self.kept[seed] = [example for example in self.full if example.id in ids]
+            selection.run(self.folder("selection", seed), self.full, self.config.select, seed)
 
     def experts(self) -> None:
         for seed, folder in enumerate(self.expert_folders()):
@@ -173,20 +176,31 @@ class Job:
         print(f"report: {report.run(self.out)}")
 
     def check(self) -> None:
-        """What can be told before anything is written: sizes against batches, every model's and sample's fit."""
-        from .training import check_batch
+        """What can be told before anything is written.
 
-        kept = max(1, round(self.config.select.fraction * len(self.full)))
-        check_batch("the full set", len(self.full), "experts.batch", self.config.experts.batch)
-        check_batch(
-            f"the kept set (select.fraction={self.config.select.fraction} of {len(self.full)})",
-            kept,
-            "match.batch",
-            self.config.match.batch,
-        )
-        check_batch("the kept set", kept, "tune.batch", self.config.tune.batch)
-        matching.check_starts(self.config.match, self.config.experts, len(self.full))
-        matching.check_model(self.config.model, self.config.data, self.config.match, self.full)
+        Sizes against batches, starts against snapshots; that both models load, take the adapters and every sample.
+        """
+        config = self.config
+        for seed in config.seeds:
+            ids = set(choose(self.full, config.select, seed)[0])
+            self.kept[seed] = [example for example in self.full if example.id in ids]
+        check_batch("the full set", len(self.full), "experts.batch", config.experts.batch)
+        for name, batch in (("match.batch", config.match.batch), ("tune.batch", config.tune.batch)):
+            check_batch("the kept set", len(self.kept[config.seeds[0]]), name, batch)
+        matching.check_starts(config.match, config.experts, len(self.full))
+        k = config.match.prompt_tokens
+        Student(self.check_model(config.model, k))
+        if config.transfer:  # a token of ours may be several of theirs
+            self.check_model(replace(config.model, path=config.transfer), TRANSFER_GROWTH * k)
+
+    def check_model(self, model: ModelConfig, prompt_tokens: int) -> PeftModel:
+        """The model with adapters, on the CPU, having seen that every sample behind its prompt fits its positions."""
+        resolve_device(model.device)
+        base, tokenizer = load_model(model.path, model.dtype, "cpu")
+        for examples in (self.full, self.validation, self.test):
+            rows = encode_set(examples, tokenizer, self.config.data)
+            check_lengths([e.id for e in examples], rows, [prompt_tokens] * len(rows), max_positions(base))
+        return add_lora(base, model, seed=0)
 
     def plan(self) -> str:
         """What is finished, what resumes and what is to do, by stage."""
@@ -198,13 +212,12 @@ class Job:
             "tune": [self.folder("tuned", s, row.name) for row, s in self.cells() if row.train],
             "evaluate": [self.folder("scores", s, row.name) for row, s in self.cells()],
         }
-        config, n, kept = self.config, len(self.full), max(1, round(self.config.select.fraction * len(self.full)))
+        config, n, kept = self.config, len(self.full), len(self.kept[self.config.seeds[0]])
         lines = [
             f"full set {n} samples, kept {kept}, validation {len(self.validation)}, test {len(self.test)}; "
             f"out {self.out}"
         ]
-        per_epoch = -(-n // config.experts.batch)
-        steps = min(per_epoch * config.experts.epochs, config.experts.max_steps or sys.maxsize)
+        steps = experts.total_steps(config.experts, experts.steps_per_epoch(n, config.experts.batch))
         work = {
             "experts": f"{steps} steps of {config.experts.batch} each",
             "match": f"S = {config.match.iterations} iterations "
@@ -220,17 +233,21 @@ class Job:
         return "\n".join(lines)
 
 
-def run(config: RunConfig, until: str = STAGES[-1], say: Callable[[str], object] = print) -> Path:
+def run(config: RunConfig, until: str = STAGES[-1]) -> Path:
     """The job, up to and with stage `until`. Returns the run folder. Raises InputError before anything is written."""
     job = Job(config)
     job.check()
-    settings, text = job.out / SETTINGS, to_yaml(config)
-    if settings.exists() and settings.read_text(encoding="utf-8") != text:
-        say(f"{settings}: settings changed; stages they do not touch are reused")
-    write_atomic(settings, text.encode())
     for stage in STAGES[: STAGES.index(until) + 1]:
+        if stage == "report":
+            write_settings(job)
         getattr(job, stage)()
+    write_settings(job)
     return job.out
+
+
+def write_settings(job: Job) -> None:
+    """The settings of what is in the folder: only now, when no stage has refused them."""
+    write_atomic(job.out / SETTINGS, to_yaml(job.config).encode())
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ from .config import DataConfig, ExpertConfig, MatchConfig, ModelConfig
 from .data import Encoded, Example, collate, digest, encode_set
 from .decode import banned_ids
 from .errors import InputError, NonFiniteError
+from .experts import steps_per_epoch, total_steps
 from .progress import progress_bar
 from .store import TrajectoryStore
-from .student import Student, add_lora, load_model, max_positions
+from .student import Student, add_lora, load_model, max_positions, model_digest
 from .training import check_batch, check_lengths, data_settings, model_settings
 from .unroll import SGD, AdamW, Update, unrolled_sgd
 
@@ -54,8 +55,8 @@ class Segment:
 
 def check_starts(config: MatchConfig, experts: ExpertConfig, samples: int) -> None:
     """Raise InputError where T^m or M reach beyond the experts' last step, or no two snapshots are M steps apart."""
-    per_epoch = -(-samples // experts.batch)
-    last = min(experts.epochs * per_epoch, experts.max_steps or experts.epochs * per_epoch)
+    per_epoch = steps_per_epoch(samples, experts.batch)
+    last = total_steps(experts, per_epoch)
     span = config.span_steps or per_epoch
     reach = (config.max_start_epoch - 1) * per_epoch + span
     if reach > last:
@@ -197,6 +198,14 @@ class Matcher:
 
     def iterate(self, learned: Learned) -> dict[str, float]:
         """One update of the prompts and of alpha, in place. Raises NonFiniteError, leaving `learned` as it was."""
+        before = learned.generator.get_state()
+        try:
+            return self.update(learned)
+        except NonFiniteError:
+            learned.generator.set_state(before)
+            raise
+
+    def update(self, learned: Learned) -> dict[str, float]:
         config, student = self.config, self.student
         chosen = self.segments[int(torch.randint(len(self.segments), (1,), generator=learned.generator))]
         drawn = draw_batches(len(self.rows), config.inner_steps, config.batch, learned.generator)
@@ -255,17 +264,6 @@ def settings(model: ModelConfig, data: DataConfig, config: MatchConfig, seed: in
     return {"model": model_settings(model), "data": data_settings(data), "match": match, "seed": seed}
 
 
-def check_model(model: ModelConfig, data: DataConfig, config: MatchConfig, examples: Sequence[Example]) -> None:
-    """Raise InputError where the model cannot be matched.
-
-    It does not load, is of an unknown family, or k prompts and a sample's tokens pass its positions.
-    """
-    base, tokenizer = load_model(model.path, model.dtype, "cpu")
-    rows = encode_set(examples, tokenizer, data)
-    check_lengths([e.id for e in examples], rows, [config.prompt_tokens] * len(rows), max_positions(base))
-    Student(add_lora(base, model, seed=0))
-
-
 def prepare(
     model: ModelConfig, data: DataConfig, config: MatchConfig, examples: Sequence[Example], experts: Sequence[Path]
 ) -> tuple[Matcher, Tensor]:
@@ -297,7 +295,8 @@ def run(
     """Learn prompts for `examples`, the kept samples, from finished expert folders. Returns `folder`."""
     if not (folder / "manifest.json").exists():
         matcher, allowed = prepare(model, data, config, examples, experts)
-    inputs = {f"expert{i}": folder_digest(path) for i, path in enumerate(experts)} | {"kept": digest(examples)}
+    inputs = {f"expert{i}": folder_digest(path) for i, path in enumerate(experts)}
+    inputs |= {"kept": digest(examples), "model": model_digest(model.path)}
     with open_stage(folder, settings(model, data, config, seed), inputs) as stage:
         if stage.finished:
             return folder
@@ -310,11 +309,9 @@ def run(
             )
         with progress_bar(f"matching, seed {seed}", config.iterations, len(learned.curve)) as bar:
             for iteration in range(len(learned.curve), config.iterations):
-                before = learned.generator.get_state()
                 try:
                     numbers = matcher.iterate(learned)
                 except NonFiniteError as error:
-                    learned.generator.set_state(before)
                     write_atomic(state, save(learned.tensors()))
                     raise NonFiniteError(
                         f"iteration {iteration}: {error}; the last good state is kept in {state}"

@@ -1,12 +1,13 @@
 """The whole job on a tiny model: every artifact is there, reused, and opened by other tools as it is."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nacd_fast import cli
 from nacd_fast.artifacts import read_json
@@ -82,6 +83,53 @@ def test_a_second_run_reuses_everything(job: Path, monkeypatch: pytest.MonkeyPat
     before = {stage: tree_digests(job / stage) for stage in stages}
     assert cli.main(["distill", "--config", "recipe.yaml"]) == 0
     assert {stage: tree_digests(job / stage) for stage in stages} == before
+
+
+def test_refused_settings_leave_the_runs_own_in_place(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(job.parent)
+    before = tree_digests(job)
+    assert cli.main(["distill", "--config", "recipe.yaml", "--match.beta", "0.5"]) == 2
+    assert "config.match.beta=0.5, was 0.1" in capsys.readouterr().err
+    assert tree_digests(job) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--transfer", "nowhere"], "nowhere: "),
+        (["--transfer", "{bare}"], "no tokenizer"),
+        (["--match.prompt_tokens", "7"], "k=56 prompt tokens"),
+        (["--select.method", "ids", "--select.ids", "{few}"], "the kept set has 1 samples, fewer than match.batch=2"),
+    ],
+)
+def test_what_would_fail_hours_later_is_refused_at_once(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(job.parent)
+    bare, few = job.parent / "bare", job.parent / "few.txt"
+    if not bare.exists():
+        shutil.copytree(job.parent / "sibling", bare, ignore=shutil.ignore_patterns("token*"))
+        few.write_text("x0-3\n")
+    arguments = [text.format(bare=bare, few=few) for text in arguments]
+    assert cli.main(["distill", "--config", "recipe.yaml", "--out", "other", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (job.parent / "other").exists()
+
+
+def test_new_weights_in_the_models_folder_are_noticed(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(job.parent)
+    path = job.parent / "model" / "model.safetensors"
+    data = path.read_bytes()
+    save_file({name: t + 1e-3 for name, t in load_file(path).items()}, path, {"format": "pt"})
+    try:
+        assert cli.main(["distill", "--config", "recipe.yaml"]) == 2
+    finally:
+        path.write_bytes(data)
+    assert "inputs.model=" in capsys.readouterr().err
 
 
 def test_a_changed_sample_makes_a_stage_refuse_its_old_result(
