@@ -18,7 +18,6 @@ from .artifacts import write_atomic
 from .errors import InputError
 
 METRICS = ("nll", "accuracy")
-RESAMPLES = 2000
 DRAW_ELEMENTS = 2**22  # item indices drawn at once: 32 MiB
 
 
@@ -85,7 +84,7 @@ def percentiles(values: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarise(items: Items, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
+def summarise(items: Items, resamples: int, seed: int = 0) -> dict[str, Any]:
     """{"nll", "nll_interval", "accuracy", "accuracy_interval"} of a set; None where no item has the metric."""
     scores: dict[str, Any] = {}
     for metric in METRICS:
@@ -104,7 +103,7 @@ def paired_difference(
     items_b: Sequence[Items],
     *,
     metric: str = "nll",
-    resamples: int = RESAMPLES,
+    resamples: int,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """Score of row a less that of row b with its 95 % interval, (mean, low, high), pooled over seeds.

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from . import comparison, plots
 from .artifacts import read_json, write_atomic
 from .comparison import TRANSFER, interval, label, number
+from .config import EvaluateConfig
 from .errors import InputError
 from .student import load_tokenizer
 
@@ -47,7 +48,7 @@ CURVES = (
 TRANSFER_ROWS = ("baseline", "random", "nacd_decoded")
 ONCE = ("baseline", "full", TRANSFER + "baseline")  # rows that need no cell for every seed
 DATASET_COLUMNS = ("id", "source", "messages", "prompt_ids", "prompt_text", "distance")
-BACKEND = "PyTorch reference ops (nacd_kernels)"  # there is no other yet
+BACKEND = "PyTorch reference ops (nacd_kernels), the only ones of this version"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
 SAMPLES = 6  # decoded samples shown of each seed
 SAMPLE_CHARS = 900  # shown of a turn
@@ -229,7 +230,7 @@ def size(count: int) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Where the report was written; the stages of a run share its machine."""
+    """What made the report: the stages of a run may have had other versions and another machine."""
     from . import __version__
 
     found = {"nacd_fast": __version__, "Python": platform.python_version()}
@@ -258,7 +259,7 @@ def cpu_name() -> str:
 def context(run: Run) -> dict[str, Any]:
     """What the templates show, by name; figures apart, the same for both."""
     selection = str(run.setting("select.method", "random"))
-    resamples = int(run.setting("evaluate.bootstrap", 2000))
+    resamples = int(run.setting("evaluate.bootstrap", EvaluateConfig.bootstrap))
     found = comparison.claims(run.cells, run.folder / "scores", resamples)
     sets = {seed: read_dataset(path) for seed, path in run.seed_folders("distilled", "dataset.parquet").items()}
     tokenizer = tokenizer_of(run) if sets else None

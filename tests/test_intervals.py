@@ -38,14 +38,14 @@ def test_paired_difference_is_narrower_than_the_rows() -> None:
     b = [synthetic(generator, 300, noise=1.0) for _ in range(3)]
     b = [replace(x, tokens=b[0].tokens, nll_sum=x.nll_sum * b[0].tokens / x.tokens) for x in b]
     a = [replace(x, nll_sum=x.nll_sum - 0.05 * x.tokens + 0.01 * generator.standard_normal(300)) for x in b]
-    mean, low, high = paired_difference(a, b)
+    mean, low, high = paired_difference(a, b, resamples=2000)
     assert low < -0.05 < high < 0 and high - low < 0.01
     nll = [[x.nll_sum.sum() / x.tokens.sum() for x in row] for row in (a, b)]
     assert mean == pytest.approx(np.mean(nll[0]) - np.mean(nll[1]))
-    assert paired_difference(a, b) == (mean, low, high)
-    assert paired_difference(b, a) == pytest.approx((-mean, -high, -low))
+    assert paired_difference(a, b, resamples=2000) == (mean, low, high)
+    assert paired_difference(b, a, resamples=2000) == pytest.approx((-mean, -high, -low))
     better = [replace(x, correct=np.ones(300)) for x in b]
-    difference = paired_difference(better, b, metric="accuracy")
+    difference = paired_difference(better, b, metric="accuracy", resamples=2000)
     assert difference[0] == pytest.approx(1 - np.mean([x.correct.mean() for x in b])) and difference[1] > 0
 
 
@@ -63,11 +63,11 @@ def test_paired_difference_covers() -> None:
 def test_paired_difference_refuses() -> None:
     items = synthetic(np.random.default_rng(5), 10)
     with pytest.raises(InputError, match="different items"):
-        paired_difference([items], [replace(items, ids=tuple("abcdefghij"))])
+        paired_difference([items], [replace(items, ids=tuple("abcdefghij"))], resamples=100)
     with pytest.raises(InputError, match="2 and 1 seeds"):
-        paired_difference([items, items], [items])
+        paired_difference([items, items], [items], resamples=100)
     with pytest.raises(InputError, match="accuracy"):
-        paired_difference([replace(items, correct=np.full(10, np.nan))], [items], metric="accuracy")
+        paired_difference([replace(items, correct=np.full(10, np.nan))], [items], metric="accuracy", resamples=2000)
 
 
 def test_items_round_trip(tmp_path: Path) -> None:

@@ -192,6 +192,12 @@ def test_page_is_whole(whole: Path) -> None:
     assert "distance 0.250, 6.500" in text  # of the sixth sample
 
 
+def test_versions_are_those_of_the_report(whole: Path) -> None:
+    for name in ("report.html", "report.md"):
+        text = (whole / name).read_text()
+        assert "Report made with" in text and "may have run with other versions" in text and "Environment" not in text
+
+
 def test_table_holds_the_scores(whole: Path) -> None:
     text = plain(page_of(whole).text)
     cells = read_json(whole / "scores.json")
