@@ -28,11 +28,11 @@ from .errors import InputError
 from .rows import SPLITS, Row, first_line, read_rows
 
 IGNORE = -100
-BLOCK = 1000   # examples tokenised at a time: a tokenizer's raw results are large
+BLOCK = 1000  # examples tokenised at a time: a tokenizer's raw results are large
 ROLES = ("user", "assistant", "system")
 FORMS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "completion"))
 SOURCE_KEYS = ("source", "dataset", "template", "category")
-END_OF_TEXT = "<|endoftext|>"   # GPT-2's end, spelled out at the end of older prompt/completion files
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's end, spelled out at the end of older prompt/completion files
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -123,8 +123,10 @@ def flat_messages(value: dict[str, Any], place: str) -> tuple[dict[str, str], ..
             parts = [text(value.get(key), key, place).strip() for key in (question, context)]
             reply = text(value[response], response, place).strip().removesuffix(END_OF_TEXT).strip()
             return {"role": "user", "content": "\n".join(filter(None, parts))}, {"role": "assistant", "content": reply}
-    raise InputError(f"{place}: unknown form with the keys {', '.join(map(str, value)) or '(none)'}; known are "
-                     "messages, instruction + output, instruction + response, prompt + completion")
+    raise InputError(
+        f"{place}: unknown form with the keys {', '.join(map(str, value)) or '(none)'}; known are "
+        "messages, instruction + output, instruction + response, prompt + completion"
+    )
 
 
 def text(value: Any, name: str, place: str) -> str:
@@ -140,7 +142,7 @@ def text(value: Any, name: str, place: str) -> str:
 def parse_choices(value: dict[str, Any], place: str) -> tuple[tuple[str, ...], int | None]:
     choices, answer = value.get("choices"), value.get("answer")
     if not choices:
-        return (), None   # without choices `answer` is some other column
+        return (), None  # without choices `answer` is some other column
     if not isinstance(choices, list) or not all(text(c, "choice", place).strip() for c in choices):
         raise InputError(f"{place}: choices must be a list of texts, none of them empty")
     if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
@@ -168,15 +170,22 @@ def count_sources(examples: Iterable[Example]) -> dict[str, int]:
 def choice_examples(example: Example) -> list[Example]:
     """One example a choice, its text in place of the last response; ids <id>#<index>."""
     last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
-    head, tail = example.messages[:last], example.messages[last + 1:]
-    return [replace(example, id=f"{example.id}#{n}", choices=(), answer=None,
-                    messages=(*head, {"role": "assistant", "content": choice}, *tail))
-            for n, choice in enumerate(example.choices)]
+    head, tail = example.messages[:last], example.messages[last + 1 :]
+    return [
+        replace(
+            example,
+            id=f"{example.id}#{n}",
+            choices=(),
+            answer=None,
+            messages=(*head, {"role": "assistant", "content": choice}, *tail),
+        )
+        for n, choice in enumerate(example.choices)
+    ]
 
 
 # Examples -> tokens
 
-Pieces = list[tuple[str, bool]]   # (text, supervised), alternating
+Pieces = list[tuple[str, bool]]  # (text, supervised), alternating
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encoded:
@@ -200,7 +209,7 @@ def encode_set(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     masks = chat and tokenizer.is_fast and GENERATION.search(tokenizer.get_chat_template())
     out: list[Encoded] = []
     for start in range(0, len(examples), BLOCK):
-        block = examples[start:start + BLOCK]
+        block = examples[start : start + BLOCK]
         if masks:
             rows = [generation_row(e, tokenizer) for e in block]
         else:
@@ -230,18 +239,27 @@ def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Pieces:
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before = render(example.id, tokenizer, messages[:i], add_generation_prompt=True)
-            after = render(example.id, tokenizer, messages[:i + 1])
+            after = render(example.id, tokenizer, messages[: i + 1])
             if not before.startswith(done) or not after.startswith(before):
-                raise InputError(f"{example.id}: the chat template rewrites earlier text when turn {i + 1} is added, "
-                                 "so the response cannot be told from the prompt; take data.template='plain'")
-            pieces += [(before[len(done):], False), (after[len(before):], True)]
+                raise InputError(
+                    f"{example.id}: the chat template rewrites earlier text when turn {i + 1} is added, "
+                    "so the response cannot be told from the prompt; take data.template='plain'"
+                )
+            pieces += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
     return pieces
 
 
 def generation_row(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    out = render(example.id, tokenizer, list(example.messages), tokenize=True, return_dict=True,
-                 return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False})
+    out = render(
+        example.id,
+        tokenizer,
+        list(example.messages),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )
     return out["input_ids"], [bool(m) for m in out["assistant_masks"]]
 
 
@@ -254,8 +272,9 @@ def render(name: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict[st
         raise InputError(f"{name}: the chat template refuses the conversation ({first_line(error)})") from None
 
 
-def piece_rows(samples: list[Pieces], tokenizer: PreTrainedTokenizerBase,
-               literal: bool) -> list[tuple[list[int], list[bool]]]:
+def piece_rows(
+    samples: list[Pieces], tokenizer: PreTrainedTokenizerBase, literal: bool
+) -> list[tuple[list[int], list[bool]]]:
     """(ids, supervised) of every sample. literal: content holds no special tokens; put bos in front and eos behind."""
     encoded = iter(piece_ids(samples, tokenizer, literal))
     bos, eos = ([x] if literal and x is not None else [] for x in (tokenizer.bos_token_id, tokenizer.eos_token_id))
@@ -284,11 +303,13 @@ def piece_ids(samples: list[Pieces], tokenizer: PreTrainedTokenizerBase, literal
     blank = tokenizer.convert_tokens_to_ids("\u2581")
     bare, spaced = ids(["a", " a"])
     adds_blank = "".join(tokenizer.convert_ids_to_tokens(bare)).startswith("\u2581")
-    cut_space = adds_blank and bare != spaced   # it adds one even in front of a blank
+    cut_space = adds_blank and bare != spaced  # it adds one even in front of a blank
     texts = [(text, n > 0) for pieces in samples for n, (text, _) in enumerate(pieces)]
     out = ids([text.removeprefix(" ") if cut_space and inner else text for text, inner in texts])
-    return [row[1:] if adds_blank and inner and text[:1] != " " and row[:1] == [blank] else row
-            for row, (text, inner) in zip(out, texts)]
+    return [
+        row[1:] if adds_blank and inner and text[:1] != " " and row[:1] == [blank] else row
+        for row, (text, inner) in zip(out, texts)
+    ]
 
 
 def cut(name: str, ids: list[int], mask: list[bool], bos: int | None, limit: int) -> Encoded:
@@ -300,7 +321,7 @@ def cut(name: str, ids: list[int], mask: list[bool], bos: int | None, limit: int
     if not any(mask):
         raise InputError(f"{name}: the tokenizer leaves no token of the response")
     end = len(mask) - mask[::-1].index(True)
-    start = end - (mask[:end][::-1].index(False) if False in mask[:end] else end)   # of the last response
+    start = end - (mask[:end][::-1].index(False) if False in mask[:end] else end)  # of the last response
     head = int(start > 0 and ids[0] == bos)
     room = limit - head
     context = min(start - head, max(room - (end - start), room // 2))
@@ -316,7 +337,11 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
 
     No attention mask: with the padding on the right a causal model never looks at it.
     """
-    ids, labels = ([torch.tensor(values) for values in column] for column in
-                   ([row.input_ids for row in rows], [row.labels for row in rows]))
-    return {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE)}
+    ids, labels = (
+        [torch.tensor(values) for values in column]
+        for column in ([row.input_ids for row in rows], [row.labels for row in rows])
+    )
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+    }

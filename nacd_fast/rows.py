@@ -18,7 +18,7 @@ from .errors import InputError
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".parquet")
-NOT_DATA = {"config.json", *NOT_RESULTS}   # a stage's own files, in a folder that is read as a set
+NOT_DATA = {"config.json", *NOT_RESULTS}  # a stage's own files, in a folder that is read as a set
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 DEMO = Path(__file__).parent / "demo" / "data"
 
@@ -50,7 +50,7 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     if not files:
         raise InputError(f"{folder}: holds no {', '.join(SUFFIXES)} file")
     named = {name: [p for p in files if p.name.startswith(name)] for name in SPLITS}
-    if any(named.values()) and not named[split]:   # the other splits' files must not leak into this one
+    if any(named.values()) and not named[split]:  # the other splits' files must not leak into this one
         raise InputError(f"{folder}: holds no file whose name begins with {split!r}, but has those of other splits")
     return named[split] or files
 
@@ -88,7 +88,7 @@ def parse_json(data: bytes, path: Path, line: int) -> Any:
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise InputError(f"{path}, line {line}: malformed JSON ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:   # a number of thousands of digits; nesting
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting
         raise InputError(f"{path}, line {line}: malformed JSON ({error})") from None
 
 
@@ -119,8 +119,10 @@ def hub_rows(source: str, split: str) -> Iterator[Row]:
         rows = datasets.load_dataset(name, config or None, split=split)
     # no such set, configuration or split; no network; a file in it that cannot be read
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{source}: no such file or folder, and its split {split!r} cannot be loaded from the hub "
-                         f"({first_line(error)})") from None
+        raise InputError(
+            f"{source}: no such file or folder, and its split {split!r} cannot be loaded from the hub "
+            f"({first_line(error)})"
+        ) from None
     for number, value in enumerate(rows, 1):
         yield Row(name.split("/")[1], number, f"{source} ({split}), row {number}", value)
 

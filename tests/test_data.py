@@ -139,25 +139,37 @@ def test_every_form_in_every_file_kind(tmp_path: Path, form: str, kind: str) -> 
 
 
 def test_choices_and_answer(tmp_path: Path) -> None:
-    rows = [message_row(choices=["Hello", "Bye"], answer=0), message_row(choices=None, answer=None),
-            message_row(answer="some other column")]
+    rows = [
+        message_row(choices=["Hello", "Bye"], answer=0),
+        message_row(choices=None, answer=None),
+        message_row(answer="some other column"),
+    ]
     for name, write in WRITERS.values():
         if name.endswith(".parquet"):
-            rows = rows[:2]   # one type a column
+            rows = rows[:2]  # one type a column
         write(tmp_path / name, rows)
         found = read_set(str(tmp_path / name), "train")
-        assert [(e.choices, e.answer) for e in found] == [(("Hello", "Bye"), 0), ((), None), ((), None)][:len(rows)]
+        assert [(e.choices, e.answer) for e in found] == [(("Hello", "Bye"), 0), ((), None), ((), None)][: len(rows)]
 
 
 def test_missing_context_is_no_line(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", {"instruction": "Say hi", "output": "Hi"},
-                       {"instruction": "Say hi", "input": None, "output": "Hi"})
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"instruction": "Say hi", "output": "Hi"},
+        {"instruction": "Say hi", "input": None, "output": "Hi"},
+    )
     assert [e.messages[0]["content"] for e in read_set(str(path), "train")] == ["Say hi", "Say hi"]
 
 
 def test_whole_conversation_is_kept(tmp_path: Path) -> None:
-    turns = [turn("system", "Be brief."), turn("user", " a "), turn("assistant", "b\n"), turn("user", "c"),
-             turn("assistant", "日本語 😀"), turn("user", "e")]
+    turns = [
+        turn("system", "Be brief."),
+        turn("user", " a "),
+        turn("assistant", "b\n"),
+        turn("user", "c"),
+        turn("assistant", "日本語 😀"),
+        turn("user", "e"),
+    ]
     path = write_lines(tmp_path / "a.jsonl", {"messages": [{**t, "weight": 1} for t in turns]})
     assert list(read_set(str(path), "train")[0].messages) == turns
 
@@ -179,7 +191,7 @@ def test_folder_reads_the_split_or_all(tmp_path: Path) -> None:
     write_lines(parts / "b.jsonl", message_row())
     write_list(parts / "a.json", [message_row()])
     (parts / "README.md").write_text("about")
-    (parts / "config.json").write_text("{}")   # a stage's own
+    (parts / "config.json").write_text("{}")  # a stage's own
     assert [e.id for e in read_set(str(parts), "validation")] == ["a-1", "b-1"]
     write_parquet(parts / "train-00000-of-00002.parquet", [message_row()])
     write_lines(parts / "train-00001-of-00002.jsonl", message_row())
@@ -221,17 +233,28 @@ def test_hub_set_with_a_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "a"}\n{"prom')
     real = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: real(
-        str(tmp_path / "set"), split=split, cache_dir=str(tmp_path / "cache")))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, config, split: real(str(tmp_path / "set"), split=split, cache_dir=str(tmp_path / "cache")),
+    )
     with pytest.raises(InputError, match=r"^org/set: no such file or folder, and its split 'train' cannot be loaded"):
         read_set("org/set", "train")
 
 
 def test_hub_without_network_is_an_input_error() -> None:
-    code = ("from nacd_fast.data import read_set\nfrom nacd_fast.errors import InputError\n"
-            "try: read_set('no-such-org/no-such-set', 'train')\nexcept InputError as error: print(error)")
-    shown = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True,
-                           capture_output=True, cwd=Path(__file__).parents[1], check=True).stdout
+    code = (
+        "from nacd_fast.data import read_set\nfrom nacd_fast.errors import InputError\n"
+        "try: read_set('no-such-org/no-such-set', 'train')\nexcept InputError as error: print(error)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        check=True,
+    ).stdout
     assert shown.startswith("no-such-org/no-such-set: no such file or folder, and its split 'train' cannot be loaded")
     assert shown.count("\n") == 1
 
@@ -250,18 +273,30 @@ ERRORS: dict[str, tuple[str, str | bytes, str]] = {
     "half a surrogate": ("a.jsonl", json.dumps(message_row("\ud800")), r"a\.jsonl, line 1: content holds half a surro"),
     "not gzip": ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz: cannot be read \("),
     "torn gzip": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-12], r"a\.jsonl\.gz: cannot be read \("),
-    "bad gzip block": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:10] + b"\xff" * 40,
-        r"a\.jsonl\.gz: cannot be read \("),
+    "bad gzip block": (
+        "a.jsonl.gz",
+        gzip.compress(GOOD.encode())[:10] + b"\xff" * 40,
+        r"a\.jsonl\.gz: cannot be read \(",
+    ),
     "not parquet": ("a.parquet", GOOD, r"a\.parquet: not a Parquet file \("),
     "other suffix": ("a.csv", GOOD, r"a\.csv: must end in \.jsonl\.gz, \.jsonl, \.json, \.parquet"),
     "row is no object": ("a.jsonl", "[1]", r"a\.jsonl, line 1: must be an object, not list"),
-    "unknown form": ("a.jsonl", f'{GOOD}\n{{"question": "q", "reply": "r"}}',
-        r"line 2: unknown form with the keys question, reply;"),
+    "unknown form": (
+        "a.jsonl",
+        f'{GOOD}\n{{"question": "q", "reply": "r"}}',
+        r"line 2: unknown form with the keys question, reply;",
+    ),
     "no keys": ("a.jsonl", "{}", r"line 1: unknown form with the keys \(none\);"),
-    "empty response": ("a.jsonl", f"{GOOD}\n{json.dumps(message_row(assistant=' '))}",
-        r"a\.jsonl, line 2: the response is empty"),
-    "empty response, id": ("a.jsonl", json.dumps(message_row(assistant="", id=7)),
-        r"line 1 \(id '7'\): the response is empty"),
+    "empty response": (
+        "a.jsonl",
+        f"{GOOD}\n{json.dumps(message_row(assistant=' '))}",
+        r"a\.jsonl, line 2: the response is empty",
+    ),
+    "empty response, id": (
+        "a.jsonl",
+        json.dumps(message_row(assistant="", id=7)),
+        r"line 1 \(id '7'\): the response is empty",
+    ),
     "null response": ("a.jsonl", '{"prompt": "a", "completion": null}', r"line 1: the response is empty"),
     "end mark only": ("a.jsonl", '{"prompt": "a", "completion": "<|endoftext|>"}', r"line 1: the response is empty"),
     "empty file": ("a.jsonl", "", r"a\.jsonl: the set is empty"),
@@ -270,23 +305,47 @@ ERRORS: dict[str, tuple[str, str | bytes, str]] = {
     "no turns": ("a.jsonl", '{"messages": []}', r"line 1: the conversation has no assistant turn"),
     "messages no list": ("a.jsonl", '{"messages": "hi"}', r"line 1: messages must be a list of objects"),
     "turn no object": ("a.jsonl", '{"messages": ["hi"]}', r"line 1: messages must be a list of objects"),
-    "unknown role": ("a.jsonl", '{"messages": [{"role": "gpt", "content": "a"}]}',
-        r"line 1: role='gpt': must be one of user, assistant, system"),
-    "content no text": ("a.jsonl", '{"messages": [{"role": "user", "content": 1}]}',
-        r"line 1: content must be text, not int"),
+    "unknown role": (
+        "a.jsonl",
+        '{"messages": [{"role": "gpt", "content": "a"}]}',
+        r"line 1: role='gpt': must be one of user, assistant, system",
+    ),
+    "content no text": (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": 1}]}',
+        r"line 1: content must be text, not int",
+    ),
     "output no text": ("a.jsonl", '{"instruction": "a", "output": ["b"]}', r"line 1: output must be text, not list"),
-    "answer out of range": ("a.jsonl", json.dumps(message_row(choices=["a", "b"], answer=2)),
-        r"line 1: answer=2: must be the index of one of the 2"),
-    "answer negative": ("a.jsonl", json.dumps(message_row(choices=["a", "b"], answer=-1)),
-        r"line 1: answer=-1: must be the index"),
-    "answer no integer": ("a.jsonl", json.dumps(message_row(choices=["a", "b"], answer=True)),
-        r"line 1: answer=True: must be the index"),
-    "choices no list": ("a.jsonl", json.dumps(message_row(choices={"text": ["a"]})),
-        r"line 1: choices must be a list of texts"),
-    "empty choice": ("a.jsonl", json.dumps(message_row(choices=["a", " "], answer=0)),
-        r"line 1: choices must be a list of texts"),
-    "duplicate id": ("a.jsonl", f"{json.dumps(message_row(id='a-2'))}\n{GOOD}",
-        r"line 2: id 'a-2' is also that of .*a\.jsonl, line 1; ids must be unique"),
+    "answer out of range": (
+        "a.jsonl",
+        json.dumps(message_row(choices=["a", "b"], answer=2)),
+        r"line 1: answer=2: must be the index of one of the 2",
+    ),
+    "answer negative": (
+        "a.jsonl",
+        json.dumps(message_row(choices=["a", "b"], answer=-1)),
+        r"line 1: answer=-1: must be the index",
+    ),
+    "answer no integer": (
+        "a.jsonl",
+        json.dumps(message_row(choices=["a", "b"], answer=True)),
+        r"line 1: answer=True: must be the index",
+    ),
+    "choices no list": (
+        "a.jsonl",
+        json.dumps(message_row(choices={"text": ["a"]})),
+        r"line 1: choices must be a list of texts",
+    ),
+    "empty choice": (
+        "a.jsonl",
+        json.dumps(message_row(choices=["a", " "], answer=0)),
+        r"line 1: choices must be a list of texts",
+    ),
+    "duplicate id": (
+        "a.jsonl",
+        f"{json.dumps(message_row(id='a-2'))}\n{GOOD}",
+        r"line 2: id 'a-2' is also that of .*a\.jsonl, line 1; ids must be unique",
+    ),
     "blank id": ("a.jsonl", json.dumps(message_row(id=" ")), r"line 1: id=' ': must be one line of text"),
     "outer blanks in id": ("a.jsonl", json.dumps(message_row(id="a ")), r"line 1: id='a ': must be one line of text"),
     "two lines in id": ("a.jsonl", json.dumps(message_row(id="a\nb")), r"line 1: id='a\\nb': must be one line of text"),
@@ -341,9 +400,14 @@ def test_unknown_split() -> None:
 
 def test_digest_sees_every_field_and_the_order() -> None:
     base = Example("a", "s", (turn("user", "q"), turn("assistant", "r")), ("r", "t"), 0)
-    other = [Example("b", "s", base.messages, base.choices, 0), Example("a", "t", base.messages, base.choices, 0),
-             Example("a", "s", base.messages[::-1], base.choices, 0), Example("a", "s", base.messages, ("r",), 0),
-             Example("a", "s", base.messages, base.choices, 1), Example("a", "s", base.messages, base.choices)]
+    other = [
+        Example("b", "s", base.messages, base.choices, 0),
+        Example("a", "t", base.messages, base.choices, 0),
+        Example("a", "s", base.messages[::-1], base.choices, 0),
+        Example("a", "s", base.messages, ("r",), 0),
+        Example("a", "s", base.messages, base.choices, 1),
+        Example("a", "s", base.messages, base.choices),
+    ]
     assert len({digest([e]) for e in [base, *other]}) == 7
     assert digest([base, other[0]]) != digest([other[0], base])
     assert digest([base]) == "9555f2ac708aa7fd78226bc8f72107a756003baaecaaa03c93a26ed22a69898d"
@@ -372,7 +436,8 @@ def test_plain_template_word_for_word() -> None:
     messages = (turn("system", "Be brief."), *talk("Hi", "Hello", "Bye", "See you").messages, turn("user", "?"))
     row = encode(Example("x", "s", messages), MODEL, LONG)
     assert MODEL.decode(row.input_ids) == (
-        "<s>Be brief.\nUser: Hi\nAssistant: Hello</s>\nUser: Bye\nAssistant: See you</s>")
+        "<s>Be brief.\nUser: Hi\nAssistant: Hello</s>\nUser: Bye\nAssistant: See you</s>"
+    )
     assert supervised_runs(row, MODEL) == [" Hello</s>", " See you</s>"]
 
 
@@ -418,11 +483,12 @@ def test_tokenizer_without_bos_and_eos() -> None:
 
 
 def test_encode_set_is_encode_of_each() -> None:
-    examples = read_set("demo", "train")[:1100]   # more than one block
+    examples = read_set("demo", "train")[:1100]  # more than one block
     rows = encode_set(examples, MODEL, DataConfig(max_tokens=48))
     assert len(rows) == 1100
     assert [rows[i] for i in (0, 999, 1000, 1099)] == [
-        encode(examples[i], MODEL, DataConfig(max_tokens=48)) for i in (0, 999, 1000, 1099)]
+        encode(examples[i], MODEL, DataConfig(max_tokens=48)) for i in (0, 999, 1000, 1099)
+    ]
     assert encode_set([], MODEL, LONG) == []
 
 
@@ -459,14 +525,15 @@ def test_real_sentencepiece_tokenizers(name: str) -> None:
     pieces = ["▁Yes", "▁two", "</s>", "▁", "日", "本", "</s>"]
     assert shown == pieces if name.endswith("llama2") else shown[:6] == ["▁", "Y", "es", "▁t", "w", "o"]
     tokens = tokenizer.convert_ids_to_tokens(row.input_ids)
-    assert tokens[tokens.index("</s>") + 1] == "<0x0A>"   # no blank between a response and the next turn
+    assert tokens[tokens.index("</s>") + 1] == "<0x0A>"  # no blank between a response and the next turn
 
 
 def test_real_opt_tokenizer() -> None:
     from transformers import GPT2Tokenizer
 
     tokenizer = GPT2Tokenizer.from_pretrained(
-        shared("tokenizers/opt"), bos_token="</s>", eos_token="</s>", unk_token="</s>")
+        shared("tokenizers/opt"), bos_token="</s>", eos_token="</s>", unk_token="</s>"
+    )
     row = encode(talk("Hi", "Hello world"), tokenizer, LONG)
     assert row.input_ids[0] == 2 and [i for i in row.labels if i != IGNORE] == [20920, 232, 2]
 
@@ -480,14 +547,17 @@ def test_truncation_keeps_the_response(prompt: int, response: int, first: int, l
     turns = (" z" * prompt, "w" + " w" * (response - 1))
     example = talk(" x" * first, "y", *turns) if first else talk(*turns)
     whole, row = (encode(example, MODEL, c) for c in (LONG, DataConfig(max_tokens=limit)))
-    last = max(i for i, label in enumerate(whole.labels) if label == IGNORE) + 1   # where the last response begins
+    last = max(i for i, label in enumerate(whole.labels) if label == IGNORE) + 1  # where the last response begins
     room, length = limit - 1, len(whole.input_ids) - last
     assert len(row.input_ids) == len(row.labels) == min(limit, len(whole.input_ids))
     assert row.input_ids[0] == MODEL.bos_token_id and row.labels[0] == IGNORE and row.labels[-1] != IGNORE
     kept = len(row.labels) - max(i for i, label in enumerate(row.labels) if label == IGNORE) - 1
-    assert kept == min(length, max(room - (last - 1), room - room // 2)) >= 1   # half of the room, or all that is free
-    start = last + kept - (len(row.input_ids) - 1)   # behind bos: one contiguous piece that ends in the response
-    assert row.input_ids[1:] == whole.input_ids[start:last + kept] and row.labels[1:] == whole.labels[start:last + kept]
+    assert kept == min(length, max(room - (last - 1), room - room // 2)) >= 1  # half of the room, or all that is free
+    start = last + kept - (len(row.input_ids) - 1)  # behind bos: one contiguous piece that ends in the response
+    assert (
+        row.input_ids[1:] == whole.input_ids[start : last + kept]
+        and row.labels[1:] == whole.labels[start : last + kept]
+    )
 
 
 def test_truncation_without_bos_or_prompt() -> None:
@@ -496,9 +566,12 @@ def test_truncation_without_bos_or_prompt() -> None:
     example = talk("a " * 50, "b " * 50)
     whole, row = (encode(example, tokenizer, c) for c in (LONG, DataConfig(max_tokens=10)))
     border = whole.labels.count(IGNORE)
-    assert row.input_ids == whole.input_ids[border - 5:border + 5] and row.labels == whole.labels[border - 5:border + 5]
+    assert (
+        row.input_ids == whole.input_ids[border - 5 : border + 5]
+        and row.labels == whole.labels[border - 5 : border + 5]
+    )
     only = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
-    tokenizer.chat_template = only   # everything is supervised
+    tokenizer.chat_template = only  # everything is supervised
     row = encode(example, tokenizer, DataConfig(template="chat", max_tokens=10))
     assert row.labels == row.input_ids and len(row.labels) == 10
 
@@ -515,8 +588,10 @@ def test_response_without_tokens_is_an_error() -> None:
 HEADER = "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
 ASK = "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 PREFIX = HEADER + "{{ m['content'] + eos_token }}" + ASK
-MARKED = HEADER + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}" \
+MARKED = (
+    HEADER + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ m['content'] + eos_token }}{% endif %}" + ASK
+)
 
 
 def chat_tokenizer(template: str) -> PreTrainedTokenizerBase:
@@ -531,8 +606,9 @@ def test_chat_template_supervises_the_responses(template: str) -> None:
     turns = talk("Hi", "Hello", "日本", "\n😀", "?").messages
     example = Example("x", "s", (turn("system", "Be brief."), *turns))
     row = encode(example, tokenizer, CHAT)
-    assert tokenizer.decode(row.input_ids) == ("<s><|system|>\nBe brief.</s><|user|>\nHi</s><|assistant|>\nHello</s>"
-                                               "<|user|>\n日本</s><|assistant|>\n\n😀</s>")
+    assert tokenizer.decode(row.input_ids) == (
+        "<s><|system|>\nBe brief.</s><|user|>\nHi</s><|assistant|>\nHello</s><|user|>\n日本</s><|assistant|>\n\n😀</s>"
+    )
     assert [s.lstrip("\n") for s in supervised_runs(row, tokenizer)] == ["Hello</s>", "😀</s>"]
     assert row.input_ids[-1] == tokenizer.eos_token_id and row.input_ids.count(tokenizer.bos_token_id) == 1
 
@@ -542,7 +618,7 @@ def test_chat_template_supervises_the_responses(template: str) -> None:
 def test_chat_prefix_borders_are_exact(contents: list[str]) -> None:
     tokenizer = chat_tokenizer(PREFIX)
     row = encode(talk(*contents), tokenizer, CHAT)
-    specials = ("<s>", "</s>", "<pad>", "<unk>")   # here the template's own, so also those in the text
+    specials = ("<s>", "</s>", "<pad>", "<unk>")  # here the template's own, so also those in the text
     if not any(s in c for s in specials for c in contents):
         assert supervised_runs(row, tokenizer) == [f"{c}</s>" for c in contents[1::2]]
 
@@ -626,8 +702,10 @@ def test_real_p3_has_one_empty_response(tmp_path: Path) -> None:
 
 
 def test_real_files_of_other_forms() -> None:
-    for name, says in (("seed_tasks.jsonl", "line 1 .*unknown form with the keys id, name, instruction, instances"),
-                       ("arc_easy/ARC-Easy-test.jsonl", "unknown form with the keys id, question, choices, answerKey"),
-                       ("oasst1/en_100_text.jsonl", "line 1: must be an object, not str")):
+    for name, says in (
+        ("seed_tasks.jsonl", "line 1 .*unknown form with the keys id, name, instruction, instances"),
+        ("arc_easy/ARC-Easy-test.jsonl", "unknown form with the keys id, question, choices, answerKey"),
+        ("oasst1/en_100_text.jsonl", "line 1: must be an object, not str"),
+    ):
         with pytest.raises(InputError, match=says):
             read_set(str(shared(f"data/{name}")), "train")

@@ -29,14 +29,14 @@ def test_random_takes_its_share_without_repetition(n: int, fraction: float, seed
     full = examples(n)
     ids, scores = select(full, SelectConfig(fraction=fraction), seed)
     assert len(ids) == len(set(ids)) == max(1, round(fraction * n)) and len(scores) == n
-    assert ids == [e.id for e in full if e.id in set(ids)]   # in the set's order
+    assert ids == [e.id for e in full if e.id in set(ids)]  # in the set's order
     kept, left = ([s for e, s in zip(full, scores) if (e.id in ids) is inside] for inside in (True, False))
     assert not left or min(kept) >= max(left)
 
 
 def test_random_depends_on_the_seed_and_nothing_else() -> None:
     full, config = examples(100), SelectConfig(fraction=0.05)
-    assert select(full, config, 0)[0] == ["s17", "s29", "s49", "s62", "s94"]   # the same on every platform
+    assert select(full, config, 0)[0] == ["s17", "s29", "s49", "s62", "s94"]  # the same on every platform
     assert select(full, config, 0) == select(full, config, 0)
     assert select(full, config, 0) != select(full, config, 1)
     assert set(select(full, config, 0)[0]) < set(select(full, SelectConfig(fraction=0.2), 0)[0])
@@ -47,7 +47,7 @@ def test_random_is_uniform() -> None:
     for seed in range(2000):
         for name in select(examples(20), SelectConfig(fraction=0.2), seed)[0]:
             counts[int(name[1:])] += 1
-    assert all(330 < count < 470 for count in counts)   # 400 expected, deviation 18
+    assert all(330 < count < 470 for count in counts)  # 400 expected, deviation 18
 
 
 def test_empty_set_is_an_error() -> None:
@@ -63,16 +63,19 @@ def write_ids(path: Path, content: str | bytes) -> SelectConfig:
 def test_id_list(tmp_path: Path) -> None:
     config = write_ids(tmp_path / "ids.txt", "\ufeff# mine\r\n\r\ns7\r\n  s3  \r\n# s1\r\ns4")
     ids, scores = select(examples(8), config, 0)
-    assert ids == ["s3", "s4", "s7"]   # in the set's order
+    assert ids == ["s3", "s4", "s7"]  # in the set's order
     assert scores == [0, 0, 0, 1, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize("content, says", [
-    ("s1\n\nx9\ny", r"ids\.txt, line 3: id 'x9' is not in the set of 5 samples"),
-    ("s1\ns2\n#\ns1\n", r"ids\.txt, line 4: id 's1' stands on line 1 already"),
-    ("# nothing\n\n", r"ids\.txt: lists no id"),
-    (b"\xff\xfe", r"ids\.txt: not UTF-8 text"),
-])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("s1\n\nx9\ny", r"ids\.txt, line 3: id 'x9' is not in the set of 5 samples"),
+        ("s1\ns2\n#\ns1\n", r"ids\.txt, line 4: id 's1' stands on line 1 already"),
+        ("# nothing\n\n", r"ids\.txt: lists no id"),
+        (b"\xff\xfe", r"ids\.txt: not UTF-8 text"),
+    ],
+)
 def test_bad_id_list(tmp_path: Path, content: str | bytes, says: str) -> None:
     with pytest.raises(InputError, match=says):
         select(examples(5), write_ids(tmp_path / "ids.txt", content), 0)
@@ -92,10 +95,15 @@ def test_stage_writes_ids_and_scores(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert [name for name, kept in zip(table["id"], table["kept"]) if kept] == ids
     assert table["score"] == select(full, SelectConfig(), 0)[1]
     assert {p.name for p in (tmp_path / "seed0").iterdir()} == {
-        "config.json", "ids.txt", "scores.parquet", "timing.json", "manifest.json"}
+        "config.json",
+        "ids.txt",
+        "scores.parquet",
+        "timing.json",
+        "manifest.json",
+    }
     assert capfd.readouterr() == ("", "")
     again = write_ids(tmp_path / "list.txt", (tmp_path / "seed0" / "ids.txt").read_bytes())
-    assert stage.run(tmp_path / "again", full, again, 0) == ids   # its output is a list for method `ids`
+    assert stage.run(tmp_path / "again", full, again, 0) == ids  # its output is a list for method `ids`
 
 
 def test_stage_is_reused_and_bound_to_its_settings(tmp_path: Path) -> None:
@@ -104,9 +112,11 @@ def test_stage_is_reused_and_bound_to_its_settings(tmp_path: Path) -> None:
     stamp = (folder / "scores.parquet").stat().st_mtime_ns
     assert stage.run(folder, full, SelectConfig(fraction=0.1), 0) == ids
     assert (folder / "scores.parquet").stat().st_mtime_ns == stamp
-    for other in (lambda: stage.run(folder, full, SelectConfig(fraction=0.2), 0),
-                  lambda: stage.run(folder, full, SelectConfig(fraction=0.1), 1),
-                  lambda: stage.run(folder, full[:39], SelectConfig(fraction=0.1), 0)):
+    for other in (
+        lambda: stage.run(folder, full, SelectConfig(fraction=0.2), 0),
+        lambda: stage.run(folder, full, SelectConfig(fraction=0.1), 1),
+        lambda: stage.run(folder, full[:39], SelectConfig(fraction=0.1), 0),
+    ):
         with pytest.raises(InputError, match="made with other settings"):
             other()
 
