@@ -163,7 +163,9 @@ def write_timing(path: Path, seconds: float) -> None:
     """Add an attempt's time and peak memory to those before, and say what made the stage."""
     before = read_json(path) if path.exists() else {"seconds": 0.0, "peak_bytes": 0}
     total, peak = before["seconds"] + seconds, max(before["peak_bytes"], peak_bytes())
-    made_with = {name: version(name) for name in ("nacd_fast", "torch", "transformers", "peft") if installed(name)}
+    made_with: dict[str, Any] = {
+        name: version(name) for name in ("nacd_fast", "torch", "transformers", "peft") if installed(name)
+    }
     made_with |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
     write_json(path, {"seconds": round(total, 3), "peak_bytes": peak, "made_with": made_with})
 

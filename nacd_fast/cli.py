@@ -90,7 +90,7 @@ def parse(command: str, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
     parser = make_parser(command)
     arguments = with_recipes(arguments)
     try:
-        found = parser.instantiate_classes(parser.parse_args(arguments))
+        found = parser.instantiate(parser.parse_args(arguments))
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):
