@@ -134,7 +134,10 @@ def model_digest(path: str) -> str:
     """What identifies a model's weights and tokenizer: SHA-256 over a folder's files, or a hub model's commit."""
     where = Path(resolve_model(path))
     if not where.is_dir():
-        return str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", None))
+        try:
+            return str(getattr(AutoConfig.from_pretrained(path), "_commit_hash", None))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: the model does not load ({first_line(error)})") from None
     files = sorted(p for p in where.iterdir() if p.suffix in MODEL_FILES)
     return _files_digest(tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -150,13 +151,17 @@ def test_report_of_a_folder_without_scores(here: Path, capsys: pytest.CaptureFix
     assert "no scores.json" in refused(["report", "--out", "empty"], here, capsys)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy: they are imported already
 @pytest.mark.parametrize(
     "module", ["selection", "experts", "matching", "decode", "tune", "evaluate", "report", "distill"]
 )
-def test_every_stage_runs_as_a_module(module: str, here: Path) -> None:
-    command = [sys.executable, "-m", f"nacd_fast.{module}", "--config", "nope"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("nacd: --config nope: no such file")
+def test_every_stage_runs_as_a_module(
+    module: str, here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--config", "nope"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"nacd_fast.{module}", run_name="__main__")
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("nacd: --config nope: no such file")
 
 
 def test_unknown_recipe(here: Path, capsys: pytest.CaptureFixture) -> None:
