@@ -30,10 +30,8 @@ def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=24, tie_word_embeddings=True))
 
 
-def opt(activation: str = "relu") -> PreTrainedModel:
-    return OPTForCausalLM(
-        OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0, activation_function=activation)
-    )
+def opt() -> PreTrainedModel:
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0))
 
 
 def plain_attention(
@@ -49,7 +47,7 @@ AttentionInterface.register("plain_test_attention", plain_attention)
 
 
 @pytest.fixture
-def float64_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plain_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """transformers' RMSNorm computes in float32 whatever the model; the reference must not."""
 
     def forward(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
@@ -171,24 +169,18 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("steps", [1, 2, 6, 16])
 @pytest.mark.parametrize("make", [llama, opt])
-def test_equals_create_graph_in_float64(make: Callable, steps: int, update: str, float64_norms: None) -> None:
-    student, plain = build(make, torch.float64)
-    for ours, theirs in zip(*hypergradients(student, plain, steps, UPDATES[update], torch.float64), strict=True):
-        assert relative(ours, theirs) <= 1e-9
-
-
-@pytest.mark.parametrize("update", [*(name for name in UPDATES if name != "adamw"), "adamw, eps 1e-3"])
-@pytest.mark.parametrize("make", [llama, lambda: opt("gelu")], ids=["llama", "opt with gelu"])
-def test_equals_create_graph_in_float32(make: Callable, update: str) -> None:
-    """Smooth functions: a ReLU, or AdamW's sign(g) at a tiny eps, flips where two right programs round differently."""
-    student, plain = build(make, torch.float32)
-    rule = UPDATES.get(update) or AdamW(eps=1e-3, weight_decay=0.1)
-    for ours, theirs in zip(*hypergradients(student, plain, 6, rule, torch.float32), strict=True):
-        assert relative(ours, theirs) <= 1e-4
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_equals_create_graph(
+    make: Callable, steps: int, update: str, dtype: torch.dtype, limit: float, plain_norms: None
+) -> None:
+    """In float32 a ReLU may flip where two correct programs round differently; at these seeds none does."""
+    student, plain = build(make, dtype)
+    for ours, theirs in zip(*hypergradients(student, plain, steps, UPDATES[update], dtype), strict=True):
+        assert relative(ours, theirs) <= limit
 
 
 @pytest.mark.parametrize("make", [llama, opt])
-def test_checkpointing_changes_nothing(make: Callable, float64_norms: None) -> None:
+def test_checkpointing_changes_nothing(make: Callable, plain_norms: None) -> None:
     student, plain = build(make, torch.float64, checkpointing=True)
     calls: list[None] = []
     layers: Any = student.backbone.layers
