@@ -130,7 +130,8 @@ UPDATES: dict[str, Update] = {
     "sgd, weight decay": SGD(weight_decay=0.1),
     "momentum": SGD(momentum=0.9),
     "nesterov": SGD(momentum=0.8, nesterov=True, weight_decay=0.05),
-    "adamw": AdamW(weight_decay=0.1, eps=1e-6),
+    # its slope is 1 / eps where a gradient vanishes: at 1e-8 the hypergradient amplifies float32 rounding to 1e-3
+    "adamw": AdamW(weight_decay=0.1, eps=1e-4),
 }
 
 
