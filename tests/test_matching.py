@@ -74,6 +74,11 @@ def test_one_iteration_is_algorithm_1(model: ModelConfig, expert: Path) -> None:
     numbers = matcher.iterate(learned)
     assert numbers["distill"] == pytest.approx(float(distill), rel=1e-5)
     assert numbers["reg"] == pytest.approx(float(distance), rel=1e-4)
+    assert numbers["loss"] == pytest.approx(float(distill) + MATCH.beta * float(distance), rel=1e-4)
+    # Adam's first step has the size of its rate whatever the gradient is; its first moment has the gradient in it
+    for moment, leaf in ((learned.moments[0], prompts), (learned.moments[2], log_alpha)):
+        assert leaf.grad is not None
+        torch.testing.assert_close(moment, (1 - matching.BETAS[0]) * leaf.grad, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(learned.log_alpha, log_alpha.detach(), rtol=1e-5, atol=1e-6)
     moved = drawn.unique()
     torch.testing.assert_close(learned.prompts[moved], prompts.detach()[moved], rtol=1e-3, atol=1e-4)

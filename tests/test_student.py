@@ -51,6 +51,23 @@ def test_the_patched_loss_equals_transformers(family: str, checkpointing: bool, 
     torch.testing.assert_close(alone, plain(ids, labels=labels).loss, rtol=1e-5, atol=1e-5)
 
 
+def test_checkpointing_recomputes_with_the_adapters_of_its_own_forward(tmp_path: Path) -> None:
+    """Two losses at two thetas before one backward pass, as in a retained unroll."""
+    path = make_model(tmp_path)
+    ids = torch.randint(4, 500, (2, 7), generator=torch.Generator().manual_seed(0))
+    grads = []
+    for checkpointing in (False, True):
+        student = Student(lora_model(path), checkpointing=checkpointing)
+        size = sum(shape.numel() for shape in student.shapes.values())
+        thetas = [
+            (0.1 * torch.randn(size, generator=torch.Generator().manual_seed(i))).requires_grad_() for i in (1, 2)
+        ]
+        loss = sum(student.loss(student.unflatten(theta), None, ids, ids) for theta in thetas)
+        grads.append(torch.autograd.grad(loss, thetas))
+    for kept, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(recomputed, kept)
+
+
 def test_flatten_and_unflatten_are_inverse() -> None:
     student = Student(lora_model("demo"))
     state = {name: torch.randn(shape) for name, shape in student.shapes.items()}
