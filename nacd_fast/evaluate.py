@@ -117,8 +117,10 @@ def score(
 def check_input(test: Sequence[Example], adapter: Path | None) -> None:
     if not test:
         raise InputError("the test split is empty: must have at least one item")
-    for name in ADAPTER_FILES if adapter else ():
-        if not (adapter / name).is_file():  # type: ignore[operator]
+    if adapter is None:
+        return
+    for name in ADAPTER_FILES:
+        if not (adapter / name).is_file():
             raise InputError(f"{adapter}: no {name}, not an adapter in peft's format")
 
 
