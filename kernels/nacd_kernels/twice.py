@@ -12,8 +12,10 @@ For y = f(x) an op file gives (inputs and tangents are tuples; a None stands for
 
 Statistics are floating tensors, and no statistic is y itself. Forward-over-reverse is `jvp` then `backward_jvp`.
 Reverse-over-reverse needs no more: for a cotangent u on dx, the double backward is jvp(u) with respect to dy and
-backward_jvp(x' = u, dy' = 0) with respect to x, because the Hessian of <dy, f(x)> is symmetric. An op built on a raw kernel without this gives *silently wrong* second derivatives. What is not
-there (third derivatives, reverse-over-forward) raises; nothing is dropped in silence.
+backward_jvp(x' = u, dy' = 0) with respect to x, because the Hessian of <dy, f(x)> is symmetric.
+
+An op built on a raw kernel without this gives *silently wrong* second derivatives. What is not there (third
+derivatives, reverse-over-forward) raises; nothing is dropped in silence.
 """
 
 from collections.abc import Callable, Iterator
