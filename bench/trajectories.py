@@ -2,9 +2,10 @@
 
     smollm2    SmolLM2-135M-Instruct, AdamW, a snapshot every 10 steps
     opt        an OPT of 10 M parameters, pre-trained here for a few minutes, AdamW, every 30 steps
-    sgd        the same OPT, plain SGD, every step
+    sgd        the same OPT, plain SGD, every step; the rate is the largest tried at which the loss falls steadily
+    sgd_slow   sgd at a tenth of that rate: it hardly trains, and every eighth weight stays the same to the bit
 
-    python bench/trajectories.py smollm2 opt sgd --out runs/trajectories
+    python bench/trajectories.py smollm2 opt sgd sgd_slow --out runs/trajectories
 
 LoRA of rank 16 on the four attention projections, float32, a constant learning rate, one thread. A file holds a tensor
 a snapshot and LoRA factor, "000010/base_model....lora_A.default.weight"; its metadata tell the run and the held-out
@@ -69,6 +70,7 @@ CASES = {
     "smollm2": Case("SmolLM2-135M-Instruct", "AdamW", 1e-4, steps=160, every=10, batch=2),
     "opt": Case("opt", "AdamW", 1e-4, steps=510, every=30, batch=4),
     "sgd": Case("opt", "SGD", 1e-1, steps=50, every=1, batch=4),
+    "sgd_slow": Case("opt", "SGD", 1e-2, steps=50, every=1, batch=4),
 }
 
 
@@ -102,7 +104,7 @@ def blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int) -> 
     ids: list[int] = []
     while len(ids) < count * TOKENS:
         for text in texts:
-            ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            ids += [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
             if len(ids) >= count * TOKENS:
                 break
     return torch.tensor(ids[: count * TOKENS]).view(count, TOKENS)
