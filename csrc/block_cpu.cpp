@@ -1,0 +1,689 @@
+// Blocks on the CPU. Compiled once for any machine (NACD_KERNELS=kPortable) and once with AVX2 and BMI2 on, for kAvx2:
+// the loops are the same, and decoding a tile of mode grid, integer or step has a version in AVX2 intrinsics.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "block.h"
+#include "weight.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace nacd {
+
+namespace {
+
+// ---- decoding
+
+// Symbols of one stream land here with room for what the last table entries write too much.
+constexpr size_t kStreamSymbols = kStreamTiles * kTile;
+constexpr size_t kStreamStride = kStreamSymbols + 64;
+constexpr size_t kGroup = 4;  // streams decoded at once, so that their chains of table lookups overlap
+
+struct SymbolReader {
+    const uint8_t* stream;
+    uint64_t position;
+    int8_t* out;
+    int8_t* end;
+
+    // Five lookups, at most 55 of the 57 bits or more that one load holds.
+    void lookups(const TableEntry* table) {
+        uint64_t bits = load64(stream + (position >> 3)) >> (position & 7);
+        for (int i = 0; i < 5; ++i) {
+            const TableEntry entry = table[bits & (kTableSize - 1)];
+            std::memcpy(out, &entry, sizeof entry);
+            const auto used = static_cast<uint8_t>(entry >> 48);
+            out += entry >> 56;
+            bits >>= used;
+            position += used;
+        }
+    }
+};
+
+void decode_symbols(const TableEntry* table, SymbolReader* readers, size_t count) {
+    if (count == kGroup) {
+        SymbolReader r0 = readers[0], r1 = readers[1], r2 = readers[2], r3 = readers[3];
+        while (r0.out < r0.end && r1.out < r1.end && r2.out < r2.end && r3.out < r3.end) {
+            r0.lookups(table);
+            r1.lookups(table);
+            r2.lookups(table);
+            r3.lookups(table);
+        }
+        readers[0] = r0, readers[1] = r1, readers[2] = r2, readers[3] = r3;
+    }
+    for (size_t i = 0; i < count; ++i)
+        while (readers[i].out < readers[i].end) readers[i].lookups(table);
+}
+
+// Where a block's sections have been read up to.
+struct Cursor {
+    const uint8_t* low;
+    uint64_t low_position;
+    const uint8_t* zero_fields;
+    size_t zero, zeros;
+};
+
+// What a tile is decoded with: its references, count <= kTile, and the numbers its mode byte stands for.
+struct Tile {
+    Predictor predictor;
+    int zero_bits;
+    float alpha;
+    const uint32_t* a;
+    const uint32_t* b;
+    const int8_t* symbols;
+    uint32_t* dst;
+    size_t count;
+
+    uint32_t predicted(size_t i) const {
+        return predict(predictor, alpha, zero_bits, a == nullptr ? 0 : a[i], b == nullptr ? 0 : b[i]);
+    }
+};
+
+// Weights from `begin` on, one by one. Zero cells take their fields here.
+bool decode_grid_from(size_t begin, const Tile& tile, int e, bool base_only, Cursor& at) {
+    const float scale = power_of_two(-e);
+    for (size_t i = begin; i < tile.count; ++i) {
+        const int32_t base = truncate(multiply(float_of(tile.predicted(i)), scale));
+        const int32_t cell = base + tile.symbols[i];
+        const int n = grid_low_bits(cell);
+        if (base_only) {
+            tile.dst[i] = grid_middle(cell, e);
+            at.low_position += static_cast<uint64_t>(n);
+        } else if (cell == 0) {
+            if (at.zero == at.zeros) return false;
+            tile.dst[i] = zero_word(read_bits(at.zero_fields, at.zero++ * kZeroBits, kZeroBits), e);
+        } else {
+            tile.dst[i] = grid_word(cell, read_bits(at.low, at.low_position, n), e);
+            at.low_position += static_cast<uint64_t>(n);
+        }
+    }
+    return true;
+}
+
+void decode_integer_from(size_t begin, const Tile& tile, int shift, Cursor& at) {
+    for (size_t i = begin; i < tile.count; ++i, at.low_position += static_cast<uint64_t>(shift)) {
+        const uint32_t low = read_bits(at.low, at.low_position, shift);
+        tile.dst[i] = integer_word(tile.symbols[i], low, shift, tile.predicted(i), tile.zero_bits);
+    }
+}
+
+void decode_step_from(size_t begin, const Tile& tile, int shift, float step, Cursor& at) {
+    const float inverse = 1.0f / step;
+    for (size_t i = begin; i < tile.count; ++i, at.low_position += static_cast<uint64_t>(shift)) {
+        const uint32_t low = read_bits(at.low, at.low_position, shift);
+        tile.dst[i] = step_word(tile.symbols[i], low, shift, tile.predicted(i), step, inverse);
+    }
+}
+
+#ifdef __AVX2__
+
+// Fields of n_i <= 24 bits, one behind the other: a prefix sum of the widths gives their places, one 16-byte load for
+// each four lanes and a byte shuffle bring the four bytes that hold each, and a variable shift aligns them.
+inline __m256i take_low(const uint8_t* low, uint64_t& position, __m256i n) {
+    __m256i sum = _mm256_add_epi32(n, _mm256_slli_si256(n, 4));
+    sum = _mm256_add_epi32(sum, _mm256_slli_si256(sum, 8));
+    const uint64_t second = position + static_cast<uint32_t>(_mm256_extract_epi32(sum, 3));
+    const __m256i start = _mm256_set_m128i(_mm_set1_epi32(static_cast<int>(second & 7)),
+                                           _mm_set1_epi32(static_cast<int>(position & 7)));
+    const __m256i bytes =
+        _mm256_set_m128i(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low + (second >> 3))),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(low + (position >> 3))));
+    position = second + static_cast<uint32_t>(_mm256_extract_epi32(sum, 7));
+
+    const __m256i offset = _mm256_add_epi32(_mm256_sub_epi32(sum, n), start);
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12,  //
+                                            0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    const __m256i places = _mm256_add_epi8(_mm256_shuffle_epi8(_mm256_srli_epi32(offset, 3), spread),
+                                           _mm256_set1_epi32(0x03020100));
+    const __m256i words =
+        _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, places), _mm256_and_si256(offset, _mm256_set1_epi32(7)));
+    return _mm256_andnot_si256(_mm256_sllv_epi32(_mm256_set1_epi32(-1), n), words);
+}
+
+inline __m256i load8(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+template <Predictor P>
+inline __m256 predict8(const Tile& tile, size_t i) {
+    if constexpr (P == Predictor::none) return _mm256_setzero_ps();
+    const __m256 a = _mm256_castsi256_ps(load8(tile.a + i));
+    if constexpr (P == Predictor::previous) return a;
+    const __m256 b = _mm256_castsi256_ps(load8(tile.b + i));
+    return _mm256_add_ps(a, _mm256_mul_ps(_mm256_set1_ps(tile.alpha), _mm256_sub_ps(b, a)));
+}
+
+inline __m256i symbols8(const Tile& tile, size_t i) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(tile.symbols + i)));
+}
+
+inline void store8(uint32_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+
+// As decode_grid_from for the first weights, up to the last eight; returns how many. Words of the zero cell are filled
+// in afterwards from a mask of them: there are few.
+template <Predictor P>
+size_t decode_grid8(const Tile& tile, int e, Cursor& at, bool* ok) {
+    const __m256 scale = _mm256_set1_ps(power_of_two(-e));
+    const __m256i exponent = _mm256_set1_epi32(static_cast<int>(static_cast<uint32_t>(e) << 23));
+    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u)), zero = _mm256_setzero_si256();
+    uint64_t zero_cells[kTile / 64] = {};
+    uint64_t position = at.low_position;
+    const size_t end = tile.count / 8 * 8;
+    for (size_t i = 0; i < end; i += 8) {
+        const __m256i base = _mm256_cvttps_epi32(_mm256_mul_ps(predict8<P>(tile, i), scale));
+        const __m256i cell = _mm256_add_epi32(base, symbols8(tile, i));
+        const __m256i value = _mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_abs_epi32(cell)));
+        const __m256i is_zero = _mm256_cmpeq_epi32(cell, zero);
+        __m256i n = _mm256_sub_epi32(_mm256_set1_epi32(150), _mm256_srli_epi32(value, 23));
+        n = _mm256_max_epi32(_mm256_andnot_si256(is_zero, n), zero);
+        const __m256i low = take_low(at.low, position, n);
+        const __m256i word = _mm256_add_epi32(_mm256_or_si256(value, low), exponent);
+        store8(tile.dst + i, _mm256_or_si256(word, _mm256_and_si256(cell, sign)));
+        const auto mask = static_cast<uint8_t>(_mm256_movemask_ps(_mm256_castsi256_ps(is_zero)));
+        std::memcpy(reinterpret_cast<uint8_t*>(zero_cells) + i / 8, &mask, 1);
+    }
+    at.low_position = position;
+    for (size_t k = 0; k < kTile / 64; ++k)
+        for (uint64_t left = zero_cells[k]; left != 0; left &= left - 1) {
+            if (at.zero == at.zeros) return *ok = false, end;
+            const size_t i = 64 * k + static_cast<size_t>(std::countr_zero(left));
+            tile.dst[i] = zero_word(read_bits(at.zero_fields, at.zero++ * kZeroBits, kZeroBits), e);
+        }
+    return end;
+}
+
+template <Predictor P>
+size_t decode_grid_base8(const Tile& tile, int e, Cursor& at) {
+    const __m256 scale = _mm256_set1_ps(power_of_two(-e));
+    const __m256i exponent = _mm256_set1_epi32(static_cast<int>(static_cast<uint32_t>(e) << 23));
+    const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u)), zero = _mm256_setzero_si256();
+    __m256i skipped = zero;
+    const size_t end = tile.count / 8 * 8;
+    for (size_t i = 0; i < end; i += 8) {
+        const __m256i base = _mm256_cvttps_epi32(_mm256_mul_ps(predict8<P>(tile, i), scale));
+        const __m256i cell = _mm256_add_epi32(base, symbols8(tile, i));
+        const __m256i value = _mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_abs_epi32(cell)));
+        const __m256i is_zero = _mm256_cmpeq_epi32(cell, zero);
+        __m256i n = _mm256_sub_epi32(_mm256_set1_epi32(150), _mm256_srli_epi32(value, 23));
+        n = _mm256_max_epi32(_mm256_andnot_si256(is_zero, n), zero);
+        skipped = _mm256_add_epi32(skipped, n);
+        const __m256i half = _mm256_srli_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(1), n), 1);
+        const __m256i word = _mm256_add_epi32(_mm256_or_si256(value, half), exponent);
+        const __m256i signed_word = _mm256_or_si256(word, _mm256_and_si256(cell, sign));
+        store8(tile.dst + i, _mm256_andnot_si256(is_zero, signed_word));
+    }
+    alignas(32) uint32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), skipped);
+    for (const uint32_t lane : lanes) at.low_position += lane;
+    return end;
+}
+
+inline __m256i round_to_bfloat16_8(__m256i word) {
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(word, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+}
+
+inline __m256i ordered8(__m256i word, __m256i mask) {
+    return _mm256_xor_si256(word, _mm256_and_si256(_mm256_srai_epi32(word, 31), mask));
+}
+
+template <Predictor P>
+size_t decode_integer8(const Tile& tile, int shift, Cursor& at) {
+    const __m128i up = _mm_cvtsi32_si128(shift), zeros = _mm_cvtsi32_si128(tile.zero_bits);
+    const __m256i n = _mm256_set1_epi32(shift), mask = _mm256_set1_epi32(0x7fffffff >> tile.zero_bits);
+    const size_t end = tile.count / 8 * 8;
+    for (size_t i = 0; i < end; i += 8) {
+        __m256i predicted = _mm256_castps_si256(predict8<P>(tile, i));
+        if (P == Predictor::linear && tile.zero_bits == 16) predicted = round_to_bfloat16_8(predicted);
+        const __m256i base = ordered8(_mm256_sra_epi32(predicted, zeros), mask);
+        const __m256i low = take_low(at.low, at.low_position, n);
+        const __m256i difference = _mm256_or_si256(_mm256_sll_epi32(symbols8(tile, i), up), low);
+        store8(tile.dst + i, _mm256_sll_epi32(ordered8(_mm256_add_epi32(base, difference), mask), zeros));
+    }
+    return end;
+}
+
+template <Predictor P>
+size_t decode_step8(const Tile& tile, int shift, float step, Cursor& at) {
+    const __m128i up = _mm_cvtsi32_si128(shift);
+    const __m256i n = _mm256_set1_epi32(shift);
+    const __m256 width = _mm256_set1_ps(step), inverse = _mm256_set1_ps(1.0f / step);
+    const size_t end = tile.count / 8 * 8;
+    for (size_t i = 0; i < end; i += 8) {
+        const __m256i base = _mm256_cvtps_epi32(_mm256_mul_ps(predict8<P>(tile, i), inverse));
+        const __m256i low = take_low(at.low, at.low_position, n);
+        const __m256i multiple =
+            _mm256_add_epi32(base, _mm256_or_si256(_mm256_sll_epi32(symbols8(tile, i), up), low));
+        store8(tile.dst + i, _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(multiple), width)));
+    }
+    return end;
+}
+
+// The tile's predictor is the same for all its weights: choose the loop once. FUNCTION is a template over it.
+#define NACD_BY_PREDICTOR(FUNCTION, ...)                                              \
+    (tile.predictor == Predictor::none       ? FUNCTION<Predictor::none>(__VA_ARGS__) \
+     : tile.predictor == Predictor::previous ? FUNCTION<Predictor::previous>(__VA_ARGS__) \
+                                             : FUNCTION<Predictor::linear>(__VA_ARGS__))
+
+#endif
+
+bool decode_grid(const Tile& tile, int e, bool base_only, Cursor& at) {
+    size_t done = 0;
+    bool ok = true;
+#ifdef __AVX2__
+    done = base_only ? NACD_BY_PREDICTOR(decode_grid_base8, tile, e, at) : NACD_BY_PREDICTOR(decode_grid8, tile, e, at, &ok);
+#endif
+    return ok && decode_grid_from(done, tile, e, base_only, at);
+}
+
+void decode_integer(const Tile& tile, int shift, Cursor& at) {
+    size_t done = 0;
+#ifdef __AVX2__
+    done = NACD_BY_PREDICTOR(decode_integer8, tile, shift, at);
+#endif
+    decode_integer_from(done, tile, shift, at);
+}
+
+void decode_step(const Tile& tile, int shift, float step, Cursor& at) {
+    size_t done = 0;
+#ifdef __AVX2__
+    done = NACD_BY_PREDICTOR(decode_step8, tile, shift, step, at);
+#endif
+    decode_step_from(done, tile, shift, step, at);
+}
+
+void decode_raw(const Tile& tile, Cursor& at) {
+    const int width = 32 - tile.zero_bits;
+    for (size_t i = 0; i < tile.count; ++i, at.low_position += static_cast<uint64_t>(width))
+        tile.dst[i] = read_bits(at.low, at.low_position, width) << tile.zero_bits;
+}
+
+Status decode_tile(const DecodeFrame& frame, uint8_t mode, float step, const Tile& tile, Cursor& at) {
+    if (mode < kGridTiles) {
+        if (!decode_grid(tile, mode - kGridBias, frame.base_only, at)) return Status::bad_stream;
+    } else if (mode <= kIntegerTile + kMaxIntegerShift) {
+        decode_integer(tile, mode - kIntegerTile, at);
+    } else if (mode == kSameTile) {
+        for (size_t i = 0; i < tile.count; ++i) tile.dst[i] = tile.predicted(i);
+    } else if (mode == kRawTile) {
+        decode_raw(tile, at);
+    } else {
+        if (step == 0) return Status::bad_tile;
+        decode_step(tile, mode - kStepTile, step, at);
+    }
+    return Status::ok;
+}
+
+Status decode_block(const DecodeFrame& frame, const BlockView& block, size_t first_tile, const uint32_t* a,
+                    const uint32_t* b, uint32_t* dst) {
+    alignas(64) int8_t symbols[kGroup * kStreamStride];
+    Cursor at{block.low, 0, block.zero_fields, 0, block.zeros};
+    const uint8_t* stream = block.symbols;
+    for (size_t s0 = 0; s0 < block.streams; s0 += kGroup) {
+        const size_t streams = std::min(kGroup, block.streams - s0);
+        SymbolReader readers[kGroup];
+        for (size_t k = 0; k < streams; ++k) {
+            size_t count = 0;
+            const size_t last = std::min((s0 + k + 1) * kStreamTiles, block.tiles);
+            for (size_t t = (s0 + k) * kStreamTiles; t < last; ++t)
+                if (has_symbols(block.modes[t])) count += std::min(kTile, block.count - t * kTile);
+            int8_t* out = symbols + k * kStreamStride;
+            readers[k] = {stream, 0, out, out + count};
+            uint16_t size;
+            std::memcpy(&size, block.stream_sizes + 2 * (s0 + k), sizeof size);
+            stream += size;
+        }
+        decode_symbols(frame.table, readers, streams);
+
+        for (size_t k = 0; k < streams; ++k) {
+            const int8_t* next = symbols + k * kStreamStride;
+            const size_t last = std::min((s0 + k + 1) * kStreamTiles, block.tiles);
+            for (size_t t = (s0 + k) * kStreamTiles; t < last; ++t) {
+                const size_t i = t * kTile, count = std::min(kTile, block.count - i);
+                const uint8_t mode = block.modes[t];
+                const float alpha = block.alphas == nullptr ? 0 : tile_alpha(frame.alpha, block.alphas[t]);
+                const Tile tile{frame.predictor, frame.zero_bits, alpha, a == nullptr ? nullptr : a + i,
+                                b == nullptr ? nullptr : b + i, next, dst + i, count};
+                const StepRun* run = mode < kStepTile ? nullptr : run_at(frame.runs, frame.run_count, first_tile + t);
+                const float step = run == nullptr ? 0 : run->step;
+                if (const Status status = decode_tile(frame, mode, step, tile, at); status != Status::ok) return status;
+                if (at.low_position > 8 * block.low_bytes) return Status::bad_stream;
+                if (has_symbols(mode)) next += count;
+            }
+        }
+    }
+    if (divide_up(at.low_position, 8) != block.low_bytes) return Status::bad_stream;
+    if (!frame.base_only && at.zero != at.zeros) return Status::bad_stream;
+    for (size_t k = 0; k < block.exception_count; ++k) {
+        uint16_t index;
+        std::memcpy(&index, block.exceptions + kExceptionBytes * k, sizeof index);
+        if (index >= block.count) return Status::bad_stream;
+        std::memcpy(dst + index, block.exceptions + kExceptionBytes * k + 2, 4);
+    }
+    return Status::ok;
+}
+
+// ---- encoding
+
+// The encoder picks cells of 2^(k - kCellShift), 2^k the power of two at or below the mean |w - prediction|: 3.4 to 4.4
+// bits a residual. One less saves 0.03 bit a weight and costs a bit a residual, one more loses 0.05.
+constexpr int kCellShift = 1;
+constexpr int kStepShift = 2;  // residuals of 4 to 8 steps on average
+constexpr size_t kLanes = 16;  // of sums: their order is part of what both builds do alike
+
+struct BitWriter {
+    uint8_t* out;
+    uint64_t pending = 0;
+    int filled = 0;  // < 8 after put
+
+    // width <= 56, value below 2^width. Writes 8 bytes, of which the first (filled + width) / 8 stay.
+    void put(uint64_t value, int width) {
+        pending |= value << filled;
+        std::memcpy(out, &pending, sizeof pending);
+        filled += width;
+        out += filled >> 3;
+        pending >>= filled & ~7;
+        filled &= 7;
+    }
+
+    uint8_t* finish() {
+        if (filled > 0) *out++ = static_cast<uint8_t>(pending);
+        filled = 0;
+        return out;
+    }
+};
+
+// One tile on its way into the block; arrays beyond count are not read.
+struct TileWork {
+    size_t count;
+    const uint32_t* words;
+    uint32_t predicted[kTile];
+    int32_t cells[kTile];
+    int32_t residuals[kTile];
+    int32_t widths[kTile];
+    uint32_t lows[kTile];
+    uint32_t zeros[kTile];
+    size_t zero_count;
+    uint16_t exceptions[kTileExceptions];
+    size_t exception_count;
+    double max_error;
+
+    void clear() { zero_count = exception_count = 0, max_error = 0; }
+    bool except(size_t i) {
+        if (exception_count == kTileExceptions) return false;
+        exceptions[exception_count++] = static_cast<uint16_t>(i);
+        return true;
+    }
+};
+
+// The floor of log2 |x|, for normal x.
+int floor_log2(float x) { return static_cast<int>(bits_of(x) >> 23 & 0xff) - 127; }
+
+template <class Term>
+float sum_lanes(size_t count, Term term) {
+    float lanes[kLanes] = {};
+    size_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+        for (size_t l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+    for (; i < count; ++i) lanes[0] += term(i);
+    float sum = 0;
+    for (const float lane : lanes) sum += lane;
+    return sum;
+}
+
+// Least squares of w - a over b - a in the tile, as an offset from the frame's alpha.
+uint8_t fit_tile_alpha(const uint32_t* w, const uint32_t* a, const uint32_t* b, size_t count, float alpha) {
+    const float xy = sum_lanes(count, [=](size_t i) {
+        return (float_of(w[i]) - float_of(a[i])) * (float_of(b[i]) - float_of(a[i]));
+    });
+    const float xx = sum_lanes(count, [=](size_t i) {
+        const float x = float_of(b[i]) - float_of(a[i]);
+        return x * x;
+    });
+    const float offset = (xy / xx - alpha) / kAlphaUnit;
+    if (!(offset > -1e6f && offset < 1e6f)) return 0;
+    return static_cast<uint8_t>(static_cast<int8_t>(std::clamp(std::nearbyint(offset), -128.0f, 127.0f)));
+}
+
+void predict_tile(const EncodeFrame& frame, float alpha, const uint32_t* a, const uint32_t* b, TileWork& tile) {
+    uint32_t* out = tile.predicted;
+    const int zero_bits = frame.zero_bits;
+    switch (frame.predictor) {
+        case Predictor::none: std::fill_n(out, tile.count, 0u); break;
+        case Predictor::previous: std::copy_n(a, tile.count, out); break;
+        case Predictor::linear:
+            for (size_t i = 0; i < tile.count; ++i) out[i] = predict(Predictor::linear, alpha, zero_bits, a[i], b[i]);
+    }
+}
+
+struct TileFacts {
+    bool same;               // every word is its prediction
+    bool finite, predicted_finite;
+    float mean;              // of |w - prediction|
+    uint32_t largest;        // magnitude of a word or a prediction, as bits
+};
+
+TileFacts look_at(const TileWork& tile) {
+    const uint32_t *w = tile.words, *p = tile.predicted;
+    uint32_t differ = 0, largest = 0, largest_predicted = 0;
+    for (size_t i = 0; i < tile.count; ++i) differ |= w[i] ^ p[i];
+    for (size_t i = 0; i < tile.count; ++i) largest = std::max(largest, w[i] & 0x7fffffffu);
+    for (size_t i = 0; i < tile.count; ++i) largest_predicted = std::max(largest_predicted, p[i] & 0x7fffffffu);
+    const float sum =
+        sum_lanes(tile.count, [=](size_t i) { return std::fabs(float_of(w[i]) - float_of(p[i])); });
+    return {differ == 0, is_finite(largest), is_finite(largest_predicted), sum / static_cast<float>(tile.count),
+            std::max(largest, largest_predicted)};
+}
+
+// Cells as wide as the residuals ask for, unless the largest number would leave the 2^24 cells there are.
+bool grid_exponent(const TileFacts& facts, int* e) {
+    if (!facts.finite || !facts.predicted_finite || !std::isfinite(facts.mean)) return false;
+    const int wanted = floor_log2(facts.mean) - kCellShift, least = floor_log2(float_of(facts.largest)) - 23;
+    *e = std::max({wanted, least, -kGridBias});
+    return *e < kGridTiles - kGridBias;
+}
+
+// Residuals outside a byte become exceptions, with the cell of the prediction.
+bool try_grid(int e, TileWork& tile) {
+    tile.clear();
+    const float scale = power_of_two(-e);
+    const size_t count = tile.count;
+    int32_t outside = 0, any_zero = 0;
+    for (size_t i = 0; i < count; ++i) {  // below 2^24 cells by the choice of e
+        const int32_t base = static_cast<int32_t>(float_of(tile.predicted[i]) * scale);
+        const int32_t cell = static_cast<int32_t>(float_of(tile.words[i]) * scale);
+        tile.cells[i] = cell;
+        tile.residuals[i] = cell - base;
+        outside |= static_cast<int32_t>(static_cast<uint32_t>(cell - base + 128) & ~255u);
+        any_zero |= cell == 0;
+    }
+    if (outside != 0)
+        for (size_t i = 0; i < count; ++i)
+            if (tile.residuals[i] < -128 || tile.residuals[i] > 127) {
+                if (!tile.except(i)) return false;
+                tile.cells[i] -= tile.residuals[i];
+                tile.residuals[i] = 0;
+                any_zero |= tile.cells[i] == 0;
+            }
+    for (size_t i = 0; i < count; ++i) {
+        tile.widths[i] = grid_low_bits(tile.cells[i]);
+        tile.lows[i] = tile.words[i] & ((1u << tile.widths[i]) - 1);
+    }
+    if (any_zero != 0)
+        for (size_t i = 0; i < count; ++i)
+            if (tile.cells[i] == 0) {
+                uint32_t field = 7u << 23;
+                const bool excepted = std::find(tile.exceptions, tile.exceptions + tile.exception_count, i) !=
+                                      tile.exceptions + tile.exception_count;
+                if (!excepted && !zero_field(tile.words[i], e, &field)) {
+                    field = 7u << 23;
+                    if (!tile.except(i)) return false;
+                }
+                tile.zeros[tile.zero_count++] = field;
+            }
+    return true;
+}
+
+bool try_integer(int zero_bits, int* shift, TileWork& tile) {
+    tile.clear();
+    const size_t count = tile.count;
+    uint64_t sum = 0;
+    for (size_t i = 0; i < count; ++i) {
+        const uint32_t difference = static_cast<uint32_t>(order(tile.words[i], zero_bits)) -
+                                    static_cast<uint32_t>(order(tile.predicted[i], zero_bits));
+        tile.cells[i] = static_cast<int32_t>(difference);
+        sum += magnitude(tile.cells[i]);
+    }
+    *shift = std::clamp(static_cast<int>(std::bit_width(sum / count)) - 1 - kStepShift, 0, kMaxIntegerShift);
+    for (size_t i = 0; i < count; ++i) {
+        tile.residuals[i] = tile.cells[i] >> *shift;
+        tile.widths[i] = *shift;
+        tile.lows[i] = static_cast<uint32_t>(tile.cells[i]) & ((1u << *shift) - 1);
+        if (tile.residuals[i] < -128 || tile.residuals[i] > 127) {
+            if (!tile.except(i)) return false;
+            tile.residuals[i] = 0;
+        }
+    }
+    return true;
+}
+
+bool try_step(const TileFacts& facts, float step, float tolerance, int* shift, TileWork& tile) {
+    tile.clear();
+    const float inverse = 1.0f / step;
+    if (!facts.finite || !facts.predicted_finite || !(float_of(facts.largest) * inverse < 4194304.0f)) return false;
+    const size_t count = tile.count;
+    uint64_t sum = 0;
+    for (size_t i = 0; i < count; ++i) {
+        const int32_t base = round_to_integer(float_of(tile.predicted[i]) * inverse);
+        tile.cells[i] = round_to_integer(float_of(tile.words[i]) * inverse);
+        tile.residuals[i] = tile.cells[i] - base;
+        sum += magnitude(tile.residuals[i]);
+    }
+    *shift = std::clamp(static_cast<int>(std::bit_width(sum / count)) - 1 - kStepShift, 0, kMaxStepShift);
+    for (size_t i = 0; i < count; ++i) {
+        const float value = static_cast<float>(tile.cells[i]) * step;
+        const double error = std::fabs(static_cast<double>(value) - static_cast<double>(float_of(tile.words[i])));
+        const bool within = tolerance > 0 ? error <= static_cast<double>(tolerance) : bits_of(value) == tile.words[i];
+        const int32_t difference = tile.residuals[i];
+        tile.residuals[i] = difference >> *shift;
+        tile.widths[i] = *shift;
+        tile.lows[i] = static_cast<uint32_t>(difference) & ((1u << *shift) - 1);
+        if (!within || tile.residuals[i] < -128 || tile.residuals[i] > 127) {
+            if (!tile.except(i)) return false;
+            tile.residuals[i] = 0;
+        } else {
+            tile.max_error = std::max(tile.max_error, error);
+        }
+    }
+    return true;
+}
+
+// A lower bound good enough to tell a tile that would be larger than its words: residuals count 4 bits.
+size_t cost_bits(const TileWork& tile) {
+    size_t bits = 4 * tile.count + kZeroBits * tile.zero_count + 8 * kExceptionBytes * tile.exception_count;
+    for (size_t i = 0; i < tile.count; ++i) bits += static_cast<size_t>(tile.widths[i]);
+    return bits;
+}
+
+void append_tile(const TileWork& tile, size_t first, BitWriter& low, BlockParts* parts) {
+    size_t i = 0;
+    for (; i + 2 <= tile.count; i += 2)
+        low.put(tile.lows[i] | static_cast<uint64_t>(tile.lows[i + 1]) << tile.widths[i],
+                tile.widths[i] + tile.widths[i + 1]);
+    if (i < tile.count) low.put(tile.lows[i], tile.widths[i]);
+    std::copy_n(tile.zeros, tile.zero_count, parts->zeros + parts->zero_count);
+    parts->zero_count += tile.zero_count;
+    for (size_t k = 0; k < tile.exception_count; ++k) {
+        uint8_t* out = parts->exceptions + kExceptionBytes * parts->exception_count++;
+        const auto index = static_cast<uint16_t>(first + tile.exceptions[k]);
+        std::memcpy(out, &index, sizeof index);
+        std::memcpy(out + 2, tile.words + tile.exceptions[k], 4);
+    }
+    int8_t* symbols = parts->symbols + parts->symbol_count;
+    for (size_t k = 0; k < tile.count; ++k) symbols[k] = static_cast<int8_t>(tile.residuals[k]);
+    parts->symbol_count += tile.count;
+    parts->max_error = std::max(parts->max_error, tile.max_error);
+}
+
+void append_raw(const TileWork& tile, int zero_bits, BitWriter& low) {
+    for (size_t i = 0; i < tile.count; ++i) low.put(tile.words[i] >> zero_bits, 32 - zero_bits);
+}
+
+// The mode byte of the tile, which then stands in `tile`. kSameTile and kRawTile put nothing there.
+uint8_t choose_mode(const EncodeFrame& frame, size_t tile_index, TileWork& tile) {
+    const TileFacts facts = look_at(tile);
+    const bool predictable = frame.predictor != Predictor::linear || facts.predicted_finite;  // NaNs differ by machine
+    if (!predictable) return kRawTile;
+    if (facts.same) return kSameTile;
+    const size_t raw_bits = tile.count * static_cast<size_t>(32 - frame.zero_bits);
+    int shift = 0, e = 0;
+    const StepRequest* run = run_at(frame.runs, frame.run_count, tile_index);
+    if (run != nullptr && try_step(facts, run->step, run->tolerance, &shift, tile))
+        return static_cast<uint8_t>(kStepTile + shift);
+    if (frame.zero_bits == 0 && grid_exponent(facts, &e) && try_grid(e, tile) && cost_bits(tile) < raw_bits)
+        return static_cast<uint8_t>(e + kGridBias);
+    if (try_integer(frame.zero_bits, &shift, tile) && cost_bits(tile) < raw_bits)
+        return static_cast<uint8_t>(kIntegerTile + shift);
+    return kRawTile;
+}
+
+void encode_block(const EncodeFrame& frame, size_t first_tile, const uint32_t* words, const uint32_t* a,
+                  const uint32_t* b, size_t count, BlockParts* parts) {
+    TileWork tile;
+    BitWriter low{parts->low};
+    parts->zero_count = parts->exception_count = parts->symbol_count = 0;
+    parts->max_error = 0;
+    for (size_t t = 0; t * kTile < count; ++t) {
+        const size_t i = t * kTile;
+        tile.count = std::min(kTile, count - i);
+        tile.words = words + i;
+        const uint32_t *ta = a == nullptr ? nullptr : a + i, *tb = b == nullptr ? nullptr : b + i;
+        parts->alphas[t] = 0;
+        if (frame.predictor == Predictor::linear)
+            parts->alphas[t] = fit_tile_alpha(tile.words, ta, tb, tile.count, frame.alpha);
+        predict_tile(frame, tile_alpha(frame.alpha, parts->alphas[t]), ta, tb, tile);
+        const uint8_t mode = choose_mode(frame, first_tile + t, tile);
+        parts->modes[t] = mode;
+        if (mode == kRawTile) append_raw(tile, frame.zero_bits, low);
+        if (has_symbols(mode)) append_tile(tile, i, low, parts);
+    }
+    parts->low_bytes = static_cast<size_t>(low.finish() - parts->low);
+
+    uint32_t histograms[4][kSymbols] = {};
+    size_t i = 0;
+    for (; i + 4 <= parts->symbol_count; i += 4)
+        for (size_t k = 0; k < 4; ++k) ++histograms[k][static_cast<uint8_t>(parts->symbols[i + k])];
+    for (; i < parts->symbol_count; ++i) ++histograms[0][static_cast<uint8_t>(parts->symbols[i])];
+    for (size_t s = 0; s < kSymbols; ++s)
+        parts->histogram[s] = uint64_t{histograms[0][s]} + histograms[1][s] + histograms[2][s] + histograms[3][s];
+}
+
+size_t pack_symbols(const Code codes[kSymbols], const int8_t* symbols, size_t count, uint8_t* dst) {
+    BitWriter out{dst};
+    const auto code = [&](size_t i) { return codes[static_cast<uint8_t>(symbols[i])]; };
+    size_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        uint64_t bits = 0;
+        int width = 0;
+        for (size_t k = 0; k < 4; ++k) {
+            const Code next = code(i + k);
+            bits |= uint64_t{next.bits} << width;
+            width += next.width;
+        }
+        out.put(bits, width);
+    }
+    for (; i < count; ++i) out.put(code(i).bits, code(i).width);
+    return static_cast<size_t>(out.finish() - dst);
+}
+
+}  // namespace
+
+#ifdef __AVX2__
+const Kernels kAvx2{"avx2", decode_block, encode_block, pack_symbols};
+#else
+const Kernels kPortable{"portable", decode_block, encode_block, pack_symbols};
+#endif
+
+}  // namespace nacd
