@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "codec.h"
+#include "records.h"
 
 namespace nb = nanobind;
 
@@ -155,6 +157,45 @@ uint32_t crc32c(const Bytes& data, uint32_t crc) {
     return nacd::crc32c(crc, data.data(), data.size());
 }
 
+bool read_descriptor(void* context, uint64_t offset, void* dst, size_t bytes) {
+    const int descriptor = *static_cast<const int*>(context);
+    auto* out = static_cast<uint8_t*>(dst);
+    while (bytes > 0) {
+        const ssize_t got = ::pread(descriptor, out, bytes, static_cast<off_t>(offset));
+        if (got <= 0) return false;
+        out += got, offset += static_cast<uint64_t>(got), bytes -= static_cast<size_t>(got);
+    }
+    return true;
+}
+
+// (offset, kind, step, ref_a, ref_b, frame_bytes, payload_bytes, payload_crc, header_crc)
+using RecordTuple = std::tuple<uint64_t, int, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t>;
+
+// (records, end of the last one, status, its sentence)
+std::tuple<std::vector<RecordTuple>, uint64_t, int, std::string> scan(int descriptor, uint64_t file_bytes) {
+    struct Found {
+        std::vector<RecordTuple> records;
+        bool no_memory = false;
+    } found;
+    const auto add = [](void* context, const nacd::RecordHeader& h) {
+        auto& to = *static_cast<Found*>(context);
+        try {
+            to.records.emplace_back(h.offset, h.kind, h.step, h.ref_a, h.ref_b, h.frame_bytes, h.payload_bytes,
+                                    h.payload_crc, h.header_crc);
+        } catch (const std::bad_alloc&) {
+            to.no_memory = true;
+        }
+    };
+    uint64_t end = 0;
+    nacd::RecordStatus status;
+    {
+        const nb::gil_scoped_release released;
+        status = nacd::scan({&read_descriptor, &descriptor, file_bytes}, add, &found, &end);
+    }
+    if (found.no_memory) throw std::bad_alloc();
+    return {std::move(found.records), end, static_cast<int>(status), nacd::describe(status)};
+}
+
 }  // namespace
 
 NB_MODULE(_codec, m) {
@@ -174,4 +215,5 @@ NB_MODULE(_codec, m) {
     m.def("base_error", &base_error, nb::arg("head"), nb::arg("payload"), nb::arg("payload_bytes"), nb::arg("first"),
           nb::arg("blocks"));
     m.def("crc32c", &crc32c, nb::arg("data"), nb::arg("crc") = 0);
+    m.def("scan", &scan, nb::arg("descriptor"), nb::arg("file_bytes"));
 }
