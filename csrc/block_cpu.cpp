@@ -193,6 +193,22 @@ inline __m256i grid_low_bits8(__m256i value, __m256i is_zero) {
     return _mm256_andnot_si256(is_zero, _mm256_subs_epu16(_mm256_set1_epi32(150), exponent));
 }
 
+// Whether eight integers at a time stayed within -most .. most. The conversions do not do what FORMAT.md says beyond the
+// cells there are, where only wrong references and hostile frames get: the loop from 0 on then decodes the tile.
+class Within {
+public:
+    explicit Within(int most) : most_(most) {}
+    void see(__m256i x) { largest_ = _mm256_max_epu32(largest_, _mm256_add_epi32(x, _mm256_set1_epi32(most_))); }
+    bool all() const {
+        const __m256i limit = _mm256_set1_epi32(2 * most_);
+        return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_max_epu32(largest_, limit), limit)) == -1;
+    }
+
+private:
+    int most_;
+    __m256i largest_ = _mm256_setzero_si256();
+};
+
 // As decode_grid_from for the first weights, up to the last eight; returns how many. Two passes, cells and then low bits:
 // the chain from a prediction to its low bits is so long that a processor holds too few turns of one loop at once. Words
 // of the zero cell are filled in afterwards from a mask of them: there are few.
@@ -202,10 +218,12 @@ size_t decode_grid8(const Tile& tile, int e, Cursor& at, bool* ok) {
     const __m256i exponent = _mm256_set1_epi32(static_cast<int>(static_cast<uint32_t>(e) << 23));
     const __m256i zero = _mm256_setzero_si256();
     uint64_t zero_cells[kTile / 64] = {};
+    Within within((1 << 24) - 1);
     alignas(32) uint32_t widths[kTile], sums[kTile];
     const size_t end = tile.count / 8 * 8;
     for (size_t i = 0; i < end; i += 8) {
         const __m256i base = _mm256_cvttps_epi32(_mm256_mul_ps(predict8<P>(tile, i), scale));
+        within.see(base);
         const __m256i cell = _mm256_add_epi32(base, symbols8(tile, i));
         const __m256i value = _mm256_castps_si256(_mm256_cvtepi32_ps(cell));
         const __m256i is_zero = _mm256_cmpeq_epi32(cell, zero);
@@ -216,6 +234,7 @@ size_t decode_grid8(const Tile& tile, int e, Cursor& at, bool* ok) {
         const auto mask = static_cast<uint8_t>(_mm256_movemask_ps(_mm256_castsi256_ps(is_zero)));
         std::memcpy(reinterpret_cast<uint8_t*>(zero_cells) + i / 8, &mask, 1);
     }
+    if (!within.all()) return 0;
     uint64_t position = at.low_position;
     for (size_t i = 0; i < end; i += 8) {
         const __m256i low = take_low(at.low, position, {load8(widths + i), load8(sums + i)}, sums + i);
@@ -237,9 +256,11 @@ size_t decode_grid_base8(const Tile& tile, int e, Cursor& at) {
     const __m256i exponent = _mm256_set1_epi32(static_cast<int>(static_cast<uint32_t>(e) << 23));
     const __m256i zero = _mm256_setzero_si256();
     __m256i skipped = zero;
+    Within within((1 << 24) - 1);
     const size_t end = tile.count / 8 * 8;
     for (size_t i = 0; i < end; i += 8) {
         const __m256i base = _mm256_cvttps_epi32(_mm256_mul_ps(predict8<P>(tile, i), scale));
+        within.see(base);
         const __m256i cell = _mm256_add_epi32(base, symbols8(tile, i));
         const __m256i value = _mm256_castps_si256(_mm256_cvtepi32_ps(cell));
         const __m256i is_zero = _mm256_cmpeq_epi32(cell, zero);
@@ -249,6 +270,7 @@ size_t decode_grid_base8(const Tile& tile, int e, Cursor& at) {
         const __m256i word = _mm256_add_epi32(_mm256_or_si256(value, half), exponent);
         store8(tile.dst + i, _mm256_andnot_si256(is_zero, word));
     }
+    if (!within.all()) return 0;
     alignas(32) uint32_t lanes[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), skipped);
     for (const uint32_t lane : lanes) at.low_position += lane;
@@ -286,13 +308,18 @@ size_t decode_step8(const Tile& tile, int shift, float step, Cursor& at) {
     const __m128i up = _mm_cvtsi32_si128(shift);
     const __m256 width = _mm256_set1_ps(step), inverse = _mm256_set1_ps(1.0f / step);
     const size_t end = tile.count / 8 * 8;
+    Within within((1 << 22) - 1);
+    uint64_t position = at.low_position;
     for (size_t i = 0; i < end; i += 8) {
         const __m256i base = _mm256_cvtps_epi32(_mm256_mul_ps(predict8<P>(tile, i), inverse));
-        const __m256i low = take_low(at.low, at.low_position, shift);
+        within.see(base);
+        const __m256i low = take_low(at.low, position, shift);
         const __m256i multiple =
             _mm256_add_epi32(base, _mm256_or_si256(_mm256_sll_epi32(symbols8(tile, i), up), low));
         store8(tile.dst + i, _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(multiple), width)));
     }
+    if (!within.all()) return 0;
+    at.low_position = position;
     return end;
 }
 
