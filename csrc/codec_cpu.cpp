@@ -177,7 +177,9 @@ bool valid_sections(const uint8_t* head, const FrameHeader& h, size_t head_size)
     int64_t last = -1;
     for (uint32_t k = 0; k < h.runs; ++k) {
         const auto run = read_at<StepRun>(runs_of(head) + k * sizeof(StepRun));
-        if (int64_t{run.first_tile} <= last || !(run.step > 0) || !std::isfinite(1.0f / run.step)) return false;
+        if (int64_t{run.first_tile} <= last || !(run.step > 0) || !std::isfinite(run.step) ||
+            !std::isfinite(1.0f / run.step))
+            return false;
         last = run.first_tile;
     }
     uint64_t bytes = head_size;
@@ -354,6 +356,17 @@ struct EncodeScratch {
     bool ok() const { return !exceptions.empty(); }
 };
 
+struct WordScratch {
+    std::vector<uint32_t> words;
+    WordScratch() noexcept {
+        try {
+            words.resize(kBlock);
+        } catch (const std::bad_alloc&) {
+        }
+    }
+    bool ok() const { return !words.empty(); }
+};
+
 // What the second pass, which needs the frame's codes, must know of a block.
 struct BlockState {
     size_t prefix_bytes;  // everything before the stream sizes, in place
@@ -420,6 +433,33 @@ size_t encode_streams(const Kernels& isa, const Code codes[kSymbols], const Bloc
     return static_cast<size_t>(out - dst);
 }
 
+// In bounded-error mode the words that a reader will see are not those that came in: their checksum needs a decoder.
+template <class Place>
+Status checksum_decoded(const Kernels& isa, const EncodeOptions& options, const FrameHeader& header,
+                        const uint8_t lengths[kSymbols], const uint32_t* a, const uint32_t* b, const Place& place,
+                        std::vector<BlockState>& states) {
+    std::vector<StepRun> runs;
+    try {
+        runs.reserve(options.run_count);
+    } catch (const std::bad_alloc&) {
+        return Status::no_memory;
+    }
+    for (size_t k = 0; k < options.run_count; ++k)
+        runs.push_back({static_cast<uint32_t>(options.runs[k].first_tile), options.runs[k].step});
+    DecodeFrame frame{options.predictor, options.zero_bits, header.alpha, runs.data(), runs.size(), false, {}};
+    if (!huffman_table(lengths, frame.table)) return Status::bad_table;
+    return for_each<WordScratch>(states.size(), options.threads, [&](uint64_t i, WordScratch& scratch) {
+        const size_t count = weights_in(header.count, i), at = i * kBlock;
+        BlockView view;
+        Status status = view_block(place(i), states[i].bytes, count, header, &view);
+        if (status == Status::ok)
+            status = isa.decode_block(frame, view, i * kBlockTiles, a == nullptr ? nullptr : a + at,
+                                      b == nullptr ? nullptr : b + at, scratch.words.data());
+        states[i].words_crc = crc32c(0, scratch.words.data(), count * 4);
+        return status;
+    });
+}
+
 float fit_alpha(const uint32_t* w, const uint32_t* a, const uint32_t* b, uint64_t count) {
     const FloatEnvironment environment;
     constexpr uint64_t stride = 7;  // tiles refine it: a sample is enough
@@ -465,6 +505,7 @@ Status encode(const uint32_t* words, const uint32_t* a, const uint32_t* b, uint6
     if (options.zero_bits == 16) {
         if (!low_bits_are_zero(words, count)) return Status::bad_argument;
         if (options.predictor != Predictor::none && !low_bits_are_zero(a, count)) return Status::bad_argument;
+        if (options.predictor == Predictor::linear && !low_bits_are_zero(b, count)) return Status::bad_argument;
     }
     if (dst_capacity < encode_bound(count, options.run_count)) return Status::no_space;
 
@@ -505,6 +546,11 @@ Status encode(const uint32_t* words, const uint32_t* a, const uint32_t* b, uint6
     });
     if (status != Status::ok) return status;
 
+    FrameHeader header{kFrameMagic, kFrameVersion, static_cast<uint8_t>(options.predictor), options.zero_bits, count,
+                       0, frame.alpha, static_cast<uint32_t>(blocks), static_cast<uint32_t>(options.run_count), 0};
+    if (options.run_count > 0) status = checksum_decoded(*isa, options, header, lengths, a, b, place, states);
+    if (status != Status::ok) return status;
+
     uint8_t* out = dst + head_size;
     uint8_t* directory = dst + kHeadFixed + options.run_count * sizeof(StepRun);
     *result = {};
@@ -523,8 +569,7 @@ Status encode(const uint32_t* words, const uint32_t* a, const uint32_t* b, uint6
         dst[sizeof(FrameHeader) + s / 2] = static_cast<uint8_t>(lengths[s] | lengths[s + 1] << 4);
     result->bytes = static_cast<size_t>(out - dst);
     result->alpha = frame.alpha;
-    FrameHeader header{kFrameMagic, kFrameVersion, static_cast<uint8_t>(options.predictor), options.zero_bits, count,
-                       result->bytes, frame.alpha, static_cast<uint32_t>(blocks), static_cast<uint32_t>(options.run_count), 0};
+    header.bytes = result->bytes;
     write_at(dst, header);
     header.crc = head_crc(dst, head_size);
     write_at(dst, header);
