@@ -15,21 +15,16 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from . import native
+from . import codec_reference, native
+from .codec_format import BLOCK, SLACK, TILE, Bytes, CodecError, Words
 
-BLOCK = 65536  # weights that are decoded together
-TILE = 512  # weights that share a mode
-SLACK = 4096  # bytes behind a frame that save its decoder a copy
+__all__ = [
+    "BLOCK", "SLACK", "TILE", "Bytes", "CodecError", "Encoded", "FrameInfo", "Words",
+    "backend", "base_error", "crc32c", "decode", "encode", "read_info",
+]  # fmt: skip
+
 PREDICTORS = ("none", "previous", "linear")  # by number of references
-
-Words = NDArray[np.uint32]
-Bytes = NDArray[np.uint8]
-
-
-class CodecError(ValueError):
-    """A malformed frame. The message is a sentence without its subject: the caller knows the file and the step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +166,10 @@ def _core() -> tuple[ModuleType, str]:
     if asked not in ("", "avx2", "portable", "reference"):
         raise ValueError(f"NACD_CODEC={asked}, must be avx2, portable or reference")
     module = native.load()
+    if asked == "reference" or (module is None and asked == ""):
+        return codec_reference, ""
     if module is None:
-        raise ImportError("the native module was not built; run `make build`")
+        raise ImportError(f"NACD_CODEC={asked}, but the native module was not built; run `make build`")
     return module, asked
 
 
