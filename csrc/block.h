@@ -26,6 +26,7 @@ struct BlockView {
     size_t zeros;
     const uint8_t* exceptions;      // [exception_count] of kExceptionBytes bytes
     size_t exception_count;
+    const uint8_t* stream_tables;   // [streams]
     const uint8_t* stream_sizes;    // [streams] u16
     const uint8_t* symbols;         // the streams, one behind the other
 };
@@ -40,7 +41,7 @@ struct DecodeFrame {
     const StepRun* runs;
     size_t run_count;
     bool base_only;
-    alignas(64) TableEntry table[kTableSize];
+    const TableEntry* tables;  // [header.tables x kTableSize]
 };
 
 // The last of `runs`, in ascending order, that begins at or before `tile`, counted in the frame; null if there is none.
@@ -70,8 +71,7 @@ struct BlockParts {
     uint8_t* exceptions;  // room for exception_bound bytes
     size_t exception_count;
     int8_t* symbols;      // [count]: those of tiles with symbols, one behind the other
-    size_t symbol_count;
-    uint64_t histogram[kSymbols];
+    size_t stream_symbols[kBlockStreams];  // how many of them are in each stream
     double max_error;
 };
 
@@ -86,6 +86,7 @@ struct Kernels {
                            const uint32_t* b, uint32_t* dst);
     void (*encode_block)(const EncodeFrame& frame, size_t first_tile, const uint32_t* words, const uint32_t* a,
                          const uint32_t* b, size_t count, BlockParts* parts);
+    void (*count_symbols)(const int8_t* symbols, size_t count, uint64_t histogram[kSymbols]);
     // Returns the stream's bytes; dst has room for 8 more.
     size_t (*pack_symbols)(const Code codes[kSymbols], const int8_t* symbols, size_t count, uint8_t* dst);
 };

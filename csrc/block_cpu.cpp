@@ -27,6 +27,7 @@ constexpr size_t kLookups = 5;  // of kCodeBits bits, in the 57 bits or more tha
 
 // A stream's next bit, counted from the block's first stream, and where its next symbol goes.
 struct SymbolReader {
+    const TableEntry* table;
     uint64_t position;
     int8_t* out;
     int8_t* end;
@@ -34,13 +35,13 @@ struct SymbolReader {
 
 // kLookups entries of each of `kReaders` streams, in turns: one stream's lookups wait for each other.
 template <size_t kReaders>
-inline void decode_some(const TableEntry* table, const uint8_t* streams, SymbolReader* readers) {
+inline void decode_some(const uint8_t* streams, SymbolReader* readers) {
     uint64_t bits[kReaders], used[kReaders] = {};
     for (size_t k = 0; k < kReaders; ++k)
         bits[k] = load64(streams + (readers[k].position >> 3)) >> (readers[k].position & 7);
     for (size_t i = 0; i < kLookups; ++i)
         for (size_t k = 0; k < kReaders; ++k) {
-            const TableEntry entry = table[bits[k] & (kTableSize - 1)];
+            const TableEntry entry = readers[k].table[bits[k] & (kTableSize - 1)];
             std::memcpy(readers[k].out + (used[k] >> 8), &entry, sizeof entry);
             bits[k] >>= entry >> 48 & 63;
             used[k] += entry >> 48;  // bits, and symbols in the next byte
@@ -52,18 +53,18 @@ inline void decode_some(const TableEntry* table, const uint8_t* streams, SymbolR
 }
 
 // Symbols beyond `end` are written, too: at most those of kLookups entries.
-void decode_symbols(const TableEntry* table, const uint8_t* streams, SymbolReader* readers, size_t count) {
+void decode_symbols(const uint8_t* streams, SymbolReader* readers, size_t count) {
     while (count == kGroup) {  // as many rounds as no reader can pass its end in, then look again
         SymbolReader r[kGroup] = {readers[0], readers[1], readers[2], readers[3]};
         ptrdiff_t left = r[0].end - r[0].out;
         for (const SymbolReader& reader : r) left = std::min(left, reader.end - reader.out);
         if (left <= 0) break;
         for (ptrdiff_t rounds = left / static_cast<ptrdiff_t>(kLookups * kEntrySymbols) + 1; rounds > 0; --rounds)
-            decode_some<kGroup>(table, streams, r);
+            decode_some<kGroup>(streams, r);
         std::copy_n(r, kGroup, readers);
     }
     for (size_t i = 0; i < count; ++i)
-        while (readers[i].out < readers[i].end) decode_some<1>(table, streams, readers + i);
+        while (readers[i].out < readers[i].end) decode_some<1>(streams, readers + i);
 }
 
 // Where a block's sections have been read up to.
@@ -392,12 +393,12 @@ Status decode_block(const DecodeFrame& frame, const BlockView& block, size_t fir
             for (size_t t = (s0 + k) * kStreamTiles; t < last; ++t)
                 if (has_symbols(block.modes[t])) count += std::min(kTile, block.count - t * kTile);
             int8_t* out = symbols + k * kStreamStride;
-            readers[k] = {8 * stream, out, out + count};
+            readers[k] = {frame.tables + block.stream_tables[s0 + k] * kTableSize, 8 * stream, out, out + count};
             uint16_t size;
             std::memcpy(&size, block.stream_sizes + 2 * (s0 + k), sizeof size);
             stream += size;
         }
-        decode_symbols(frame.table, block.symbols, readers, streams);
+        decode_symbols(block.symbols, readers, streams);
 
         for (size_t k = 0; k < streams; ++k) {
             const int8_t* next = symbols + k * kStreamStride;
@@ -665,9 +666,6 @@ void append_tile(const TileWork& tile, size_t first, BitWriter& low, BlockParts*
         std::memcpy(out, &index, sizeof index);
         std::memcpy(out + 2, tile.words + tile.exceptions[k], 4);
     }
-    int8_t* symbols = parts->symbols + parts->symbol_count;
-    for (size_t k = 0; k < tile.count; ++k) symbols[k] = static_cast<int8_t>(tile.residuals[k]);
-    parts->symbol_count += tile.count;
     parts->max_error = std::max(parts->max_error, tile.max_error);
 }
 
@@ -697,8 +695,10 @@ void encode_block(const EncodeFrame& frame, size_t first_tile, const uint32_t* w
                   const uint32_t* b, size_t count, BlockParts* parts) {
     TileWork tile;
     BitWriter low{parts->low};
-    parts->zero_count = parts->exception_count = parts->symbol_count = 0;
+    int8_t* symbols = parts->symbols;
+    parts->zero_count = parts->exception_count = 0;
     parts->max_error = 0;
+    std::fill_n(parts->stream_symbols, kBlockStreams, size_t{0});
     for (size_t t = 0; t * kTile < count; ++t) {
         const size_t i = t * kTile;
         tile.count = std::min(kTile, count - i);
@@ -711,17 +711,22 @@ void encode_block(const EncodeFrame& frame, size_t first_tile, const uint32_t* w
         const uint8_t mode = choose_mode(frame, first_tile + t, tile);
         parts->modes[t] = mode;
         if (mode == kRawTile) append_raw(tile, frame.zero_bits, low);
-        if (has_symbols(mode)) append_tile(tile, i, low, parts);
+        if (!has_symbols(mode)) continue;
+        append_tile(tile, i, low, parts);
+        for (size_t k = 0; k < tile.count; ++k) *symbols++ = static_cast<int8_t>(tile.residuals[k]);
+        parts->stream_symbols[t / kStreamTiles] += tile.count;
     }
     parts->low_bytes = static_cast<size_t>(low.finish() - parts->low);
+}
 
+void count_symbols(const int8_t* symbols, size_t count, uint64_t histogram[kSymbols]) {
     uint32_t histograms[4][kSymbols] = {};
     size_t i = 0;
-    for (; i + 4 <= parts->symbol_count; i += 4)
-        for (size_t k = 0; k < 4; ++k) ++histograms[k][static_cast<uint8_t>(parts->symbols[i + k])];
-    for (; i < parts->symbol_count; ++i) ++histograms[0][static_cast<uint8_t>(parts->symbols[i])];
+    for (; i + 4 <= count; i += 4)
+        for (size_t k = 0; k < 4; ++k) ++histograms[k][static_cast<uint8_t>(symbols[i + k])];
+    for (; i < count; ++i) ++histograms[0][static_cast<uint8_t>(symbols[i])];
     for (size_t s = 0; s < kSymbols; ++s)
-        parts->histogram[s] = uint64_t{histograms[0][s]} + histograms[1][s] + histograms[2][s] + histograms[3][s];
+        histogram[s] += uint64_t{histograms[0][s]} + histograms[1][s] + histograms[2][s] + histograms[3][s];
 }
 
 size_t pack_symbols(const Code codes[kSymbols], const int8_t* symbols, size_t count, uint8_t* dst) {
@@ -745,9 +750,9 @@ size_t pack_symbols(const Code codes[kSymbols], const int8_t* symbols, size_t co
 }  // namespace
 
 #ifdef __AVX2__
-const Kernels kAvx2{"avx2", decode_block, encode_block, pack_symbols};
+const Kernels kAvx2{"avx2", decode_block, encode_block, count_symbols, pack_symbols};
 #else
-const Kernels kPortable{"portable", decode_block, encode_block, pack_symbols};
+const Kernels kPortable{"portable", decode_block, encode_block, count_symbols, pack_symbols};
 #endif
 
 }  // namespace nacd

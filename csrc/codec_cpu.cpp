@@ -115,14 +115,15 @@ size_t weights_in(uint64_t count, uint64_t block) {
     return static_cast<size_t>(std::min<uint64_t>(kBlock, count - block * kBlock));
 }
 
-constexpr size_t kHeadFixed = sizeof(FrameHeader) + kLengthBytes;
-size_t head_bytes(uint32_t blocks, uint32_t runs) {
-    return kHeadFixed + size_t{runs} * sizeof(StepRun) + size_t{blocks} * sizeof(BlockEntry);
+size_t runs_at(uint32_t tables) { return sizeof(FrameHeader) + tables * kLengthBytes; }
+size_t directory_at(uint32_t tables, uint32_t runs) { return runs_at(tables) + size_t{runs} * sizeof(StepRun); }
+size_t head_bytes(uint32_t tables, uint32_t runs, uint32_t blocks) {
+    return directory_at(tables, runs) + size_t{blocks} * sizeof(BlockEntry);
 }
 
 // The most bytes of a block's payload.
 constexpr size_t kBlockBound = sizeof(BlockHeader) + 2 * kBlockTiles + kLowBound + zero_bytes(kBlock) +
-                               kExceptionBound + kBlockStreams * 2 + kBlock * kCodeBits / 8 + 64;
+                               kExceptionBound + kBlockStreams * 3 + kBlock * kCodeBits / 8 + 64;
 
 template <class T>
 T read_at(const uint8_t* p) {
@@ -152,16 +153,12 @@ bool checksum_matters() {
 #endif
 }
 
-const uint8_t* runs_of(const uint8_t* head) { return head + kHeadFixed; }
-const uint8_t* directory_of(const uint8_t* head, const FrameHeader& header) {
-    return runs_of(head) + size_t{header.runs} * sizeof(StepRun);
-}
 BlockEntry entry_of(const uint8_t* head, const FrameHeader& header, uint64_t block) {
-    return read_at<BlockEntry>(directory_of(head, header) + block * sizeof(BlockEntry));
+    return read_at<BlockEntry>(head + directory_at(header.tables, header.runs) + block * sizeof(BlockEntry));
 }
 
-void read_lengths(const uint8_t* head, uint8_t lengths[kSymbols]) {
-    const uint8_t* packed = head + sizeof(FrameHeader);
+void read_lengths(const uint8_t* head, uint32_t table, uint8_t lengths[kSymbols]) {
+    const uint8_t* packed = head + sizeof(FrameHeader) + table * kLengthBytes;
     for (size_t s = 0; s < kSymbols; ++s) lengths[s] = packed[s / 2] >> (s % 2 * 4) & 15;
 }
 
@@ -169,6 +166,7 @@ bool valid(const FrameHeader& h) {
     if (h.predictor > static_cast<uint8_t>(Predictor::linear) || (h.zero_bits != 0 && h.zero_bits != 16)) return false;
     if (h.count > kMaxCount || h.blocks != block_count(h.count) || !std::isfinite(h.alpha)) return false;
     if (h.predictor != static_cast<uint8_t>(Predictor::linear) && bits_of(h.alpha) != 0) return false;
+    if (h.tables < 1 || h.tables > kMaxTables || h.reserved != 0) return false;
     return h.runs <= divide_up(h.count, kTile) && (h.runs == 0 || h.zero_bits == 0);
 }
 
@@ -176,7 +174,7 @@ bool valid(const FrameHeader& h) {
 bool valid_sections(const uint8_t* head, const FrameHeader& h, size_t head_size) {
     int64_t last = -1;
     for (uint32_t k = 0; k < h.runs; ++k) {
-        const auto run = read_at<StepRun>(runs_of(head) + k * sizeof(StepRun));
+        const auto run = read_at<StepRun>(head + runs_at(h.tables) + k * sizeof(StepRun));
         if (int64_t{run.first_tile} <= last || !(run.step > 0) || !std::isfinite(run.step) ||
             !std::isfinite(1.0f / run.step))
             return false;
@@ -221,14 +219,16 @@ Status view_block(const uint8_t* payload, size_t bytes, size_t count, const Fram
     view->low = take(view->low_bytes);
     view->zero_fields = take(zero_bytes(view->zeros));
     view->exceptions = take(view->exception_count * kExceptionBytes);
+    view->stream_tables = take(view->streams);
     view->stream_sizes = take(view->streams * 2);
     view->symbols = at;
     if (view->modes == nullptr || (linear && view->alphas == nullptr) || view->low == nullptr ||
-        view->zero_fields == nullptr || view->exceptions == nullptr || view->stream_sizes == nullptr)
+        view->zero_fields == nullptr || view->exceptions == nullptr || view->stream_tables == nullptr ||
+        view->stream_sizes == nullptr)
         return Status::bad_block;
     for (size_t s = 0; s < view->streams; ++s) {
         const auto size = read_at<uint16_t>(view->stream_sizes + 2 * s);
-        if (take(size) == nullptr) return Status::bad_block;
+        if (take(size) == nullptr || view->stream_tables[s] >= header.tables) return Status::bad_block;
     }
     if (left != 0) return Status::bad_block;
     for (size_t t = 0; t < view->tiles; ++t) {
@@ -248,7 +248,7 @@ Status read_head(const uint8_t* src, size_t src_bytes, FrameInfo* info) noexcept
     if (header.version != kFrameVersion) return Status::bad_version;
     if (!valid(header)) return Status::bad_header;
     info->header = header;
-    info->head_bytes = head_bytes(header.blocks, header.runs);
+    info->head_bytes = head_bytes(header.tables, header.runs, header.blocks);
     if (header.bytes < info->head_bytes) return Status::bad_header;
     if (src_bytes < info->head_bytes) return Status::truncated;
     if (checksum_matters() && head_crc(src, info->head_bytes) != header.crc) return Status::bad_checksum;
@@ -279,21 +279,24 @@ Status decode(const uint8_t* head, const FrameInfo& info, const uint8_t* payload
     if (options.verify && options.base_only) return Status::bad_argument;
 
     const Kernels* isa = options.kernels == nullptr ? kernels(nullptr) : options.kernels;
-    DecodeFrame frame{predictor, header.zero_bits, header.alpha, nullptr, 0, options.base_only, {}};
-    uint8_t lengths[kSymbols];
-    read_lengths(head, lengths);
-    if (!huffman_table(lengths, frame.table)) return Status::bad_table;
+    std::vector<TableEntry> tables;
     std::vector<StepRun> runs;
     std::vector<uint64_t> offsets;
     try {
+        tables.resize(header.tables * kTableSize);
         runs.resize(header.runs);
         offsets.resize(blocks);
     } catch (const std::bad_alloc&) {
         return Status::no_memory;
     }
-    if (!runs.empty()) std::memcpy(runs.data(), runs_of(head), runs.size() * sizeof(StepRun));
-    frame.runs = runs.data();
-    frame.run_count = runs.size();
+    for (uint32_t k = 0; k < header.tables; ++k) {
+        uint8_t lengths[kSymbols];
+        read_lengths(head, k, lengths);
+        if (!huffman_table(lengths, &tables[k * kTableSize])) return Status::bad_table;
+    }
+    if (!runs.empty()) std::memcpy(runs.data(), head + runs_at(header.tables), runs.size() * sizeof(StepRun));
+    const DecodeFrame frame{predictor, header.zero_bits, header.alpha, runs.data(), runs.size(), options.base_only,
+                            tables.data()};
     uint64_t offset = 0;
     for (uint64_t i = 0; i < blocks; ++i) offset += entry_of(head, header, first + i).bytes, offsets[i] = offset;
 
@@ -337,7 +340,7 @@ Status base_error(const uint8_t* head, const FrameInfo& info, const uint8_t* pay
 size_t encode_bound(uint64_t count, size_t runs) noexcept {
     if (count > kMaxCount || runs > divide_up(count, kTile)) return 0;
     const size_t blocks = block_count(count);
-    return head_bytes(static_cast<uint32_t>(blocks), static_cast<uint32_t>(runs)) + blocks * kBlockBound;
+    return head_bytes(kMaxTables, static_cast<uint32_t>(runs), static_cast<uint32_t>(blocks)) + blocks * kBlockBound;
 }
 
 namespace {
@@ -369,10 +372,12 @@ struct WordScratch {
 
 // What the second pass, which needs the frame's codes, must know of a block.
 struct BlockState {
-    size_t prefix_bytes;  // everything before the stream sizes, in place
+    size_t prefix_bytes;  // everything before the stream tables, in place
     size_t bytes;
-    uint64_t histogram[kSymbols];
-    uint8_t modes[kBlockTiles];
+    size_t streams;
+    size_t stream_symbols[kBlockStreams];
+    float stream_spread[kBlockStreams];  // the mean magnitude of the stream's symbols
+    uint8_t stream_tables[kBlockStreams];
     uint64_t exceptions;
     uint32_t words_crc;
     double max_error;
@@ -408,46 +413,125 @@ void encode_prefix(const Kernels& isa, const EncodeFrame& frame, uint64_t block,
     uint8_t* out = write_zero_fields(parts.zeros, parts.zero_count, parts.low + parts.low_bytes);
     std::memcpy(out, parts.exceptions, parts.exception_count * kExceptionBytes);
     state->prefix_bytes = static_cast<size_t>(out - dst) + parts.exception_count * kExceptionBytes;
-    std::memcpy(state->histogram, parts.histogram, sizeof state->histogram);
-    std::memcpy(state->modes, parts.modes, tiles);
+    state->streams = divide_up(tiles, kStreamTiles);
+    std::memcpy(state->stream_symbols, parts.stream_symbols, sizeof state->stream_symbols);
+    for (size_t s = 0; s < state->streams; ++s) {
+        const size_t n = state->stream_symbols[s];
+        uint64_t sum = 0;
+        for (size_t i = 0; i < n; ++i) sum += magnitude(symbols[i]);
+        state->stream_spread[s] = n == 0 ? 0.0f : static_cast<float>(sum) / static_cast<float>(n);
+        state->stream_tables[s] = 0;
+        symbols += n;
+    }
     state->exceptions = parts.exception_count;
     state->words_crc = crc32c(0, words, count * 4);
     state->max_error = parts.max_error;
 }
 
 // The block's streams behind its prefix; returns the block's bytes.
-size_t encode_streams(const Kernels& isa, const Code codes[kSymbols], const BlockState& state, size_t count,
+size_t encode_streams(const Kernels& isa, const Code (*codes)[kSymbols], const BlockState& state,
                       const int8_t* symbols, uint8_t* dst) {
-    const size_t tiles = divide_up(count, kTile), streams = divide_up(tiles, kStreamTiles);
-    uint8_t* sizes = dst + state.prefix_bytes;
-    uint8_t* out = sizes + 2 * streams;
-    for (size_t s = 0; s < streams; ++s) {
-        size_t n = 0;
-        for (size_t t = s * kStreamTiles; t < std::min((s + 1) * kStreamTiles, tiles); ++t)
-            if (has_symbols(state.modes[t])) n += std::min(kTile, count - t * kTile);
-        const size_t bytes = isa.pack_symbols(codes, symbols, n, out);
+    std::memcpy(dst + state.prefix_bytes, state.stream_tables, state.streams);
+    uint8_t* sizes = dst + state.prefix_bytes + state.streams;
+    uint8_t* out = sizes + 2 * state.streams;
+    for (size_t s = 0; s < state.streams; ++s) {
+        const size_t bytes = isa.pack_symbols(codes[state.stream_tables[s]], symbols, state.stream_symbols[s], out);
         write_at(sizes + 2 * s, static_cast<uint16_t>(bytes));
         out += bytes;
-        symbols += n;
+        symbols += state.stream_symbols[s];
     }
     return static_cast<size_t>(out - dst);
+}
+
+// Several tables leave the cache that one stays in: they must save this share of the frame.
+constexpr double kTableGain = 0.01;
+
+// The frame's codes, and each stream's among them: one code for all, or kMaxTables for streams of about the same spread,
+// where that saves enough.
+struct Tables {
+    uint32_t count = 1;
+    uint8_t lengths[kMaxTables][kSymbols];
+    Code codes[kMaxTables][kSymbols];
+};
+
+using Histograms = uint64_t[kMaxTables][kSymbols];
+
+double coded_bits(const uint64_t histogram[kSymbols], const uint8_t lengths[kSymbols]) {
+    double bits = 0;
+    for (size_t s = 0; s < kSymbols; ++s) bits += static_cast<double>(histogram[s]) * lengths[s];
+    return bits;
+}
+
+Status choose_tables(const Kernels& isa, const int8_t* symbols, std::vector<BlockState>& states, Tables* tables) {
+    std::vector<float> spreads;
+    try {
+        for (const BlockState& state : states)
+            for (size_t s = 0; s < state.streams; ++s)
+                if (state.stream_symbols[s] > 0) spreads.push_back(state.stream_spread[s]);
+    } catch (const std::bad_alloc&) {
+        return Status::no_memory;
+    }
+    std::sort(spreads.begin(), spreads.end());
+    const auto class_of = [&](float spread) {  // by quartile
+        size_t k = 0;
+        while (k + 1 < kMaxTables && spread > spreads[spreads.size() * (k + 1) / kMaxTables]) ++k;
+        return static_cast<uint8_t>(k);
+    };
+    Histograms histograms = {};
+    uint64_t all[kSymbols] = {};
+    double other_bits = 0;
+    for (size_t i = 0; i < states.size(); ++i) {
+        const int8_t* at = symbols + i * kBlock;
+        other_bits += 8.0 * static_cast<double>(states[i].prefix_bytes);
+        for (size_t s = 0; s < states[i].streams; ++s) {
+            const size_t n = states[i].stream_symbols[s];
+            if (n == 0) continue;
+            isa.count_symbols(at, n, histograms[class_of(states[i].stream_spread[s])]);
+            at += n;
+        }
+    }
+    for (const auto& histogram : histograms)
+        for (size_t s = 0; s < kSymbols; ++s) all[s] += histogram[s];
+    uint8_t one[kSymbols];
+    huffman_lengths(all, one);
+    const double bits = coded_bits(all, one);
+    double split_bits = 8.0 * static_cast<double>((kMaxTables - 1) * kLengthBytes);
+    for (size_t k = 0; k < kMaxTables; ++k) {
+        huffman_lengths(histograms[k], tables->lengths[k]);
+        split_bits += coded_bits(histograms[k], tables->lengths[k]);
+    }
+    if (bits - split_bits > kTableGain * (bits + other_bits)) {
+        tables->count = kMaxTables;
+        for (BlockState& state : states)
+            for (size_t s = 0; s < state.streams; ++s)
+                if (state.stream_symbols[s] > 0) state.stream_tables[s] = class_of(state.stream_spread[s]);
+    } else {
+        std::memcpy(tables->lengths[0], one, sizeof one);
+    }
+    for (uint32_t k = 0; k < tables->count; ++k)
+        if (!huffman_codes(tables->lengths[k], tables->codes[k])) return Status::bad_table;
+    return Status::ok;
 }
 
 // In bounded-error mode the words that a reader will see are not those that came in: their checksum needs a decoder.
 template <class Place>
 Status checksum_decoded(const Kernels& isa, const EncodeOptions& options, const FrameHeader& header,
-                        const uint8_t lengths[kSymbols], const uint32_t* a, const uint32_t* b, const Place& place,
+                        const Tables& codes, const uint32_t* a, const uint32_t* b, const Place& place,
                         std::vector<BlockState>& states) {
     std::vector<StepRun> runs;
+    std::vector<TableEntry> tables;
     try {
         runs.reserve(options.run_count);
+        tables.resize(codes.count * kTableSize);
     } catch (const std::bad_alloc&) {
         return Status::no_memory;
     }
     for (size_t k = 0; k < options.run_count; ++k)
         runs.push_back({static_cast<uint32_t>(options.runs[k].first_tile), options.runs[k].step});
-    DecodeFrame frame{options.predictor, options.zero_bits, header.alpha, runs.data(), runs.size(), false, {}};
-    if (!huffman_table(lengths, frame.table)) return Status::bad_table;
+    for (uint32_t k = 0; k < codes.count; ++k)
+        if (!huffman_table(codes.lengths[k], &tables[k * kTableSize])) return Status::bad_table;
+    const DecodeFrame frame{options.predictor, options.zero_bits, header.alpha, runs.data(), runs.size(), false,
+                            tables.data()};
     return for_each<WordScratch>(states.size(), options.threads, [&](uint64_t i, WordScratch& scratch) {
         const size_t count = weights_in(header.count, i), at = i * kBlock;
         BlockView view;
@@ -522,8 +606,9 @@ Status encode(const uint32_t* words, const uint32_t* a, const uint32_t* b, uint6
     } catch (const std::bad_alloc&) {
         return Status::no_memory;
     }
-    const size_t head_size = head_bytes(static_cast<uint32_t>(blocks), static_cast<uint32_t>(options.run_count));
-    const auto place = [&](uint64_t block) { return dst + head_size + block * kBlockBound; };
+    const auto runs = static_cast<uint32_t>(options.run_count);
+    uint8_t* const first_place = dst + head_bytes(kMaxTables, runs, static_cast<uint32_t>(blocks));
+    const auto place = [&](uint64_t block) { return first_place + block * kBlockBound; };
 
     Status status = for_each<EncodeScratch>(blocks, options.threads, [&](uint64_t i, EncodeScratch& scratch) {
         const uint64_t at = i * kBlock;
@@ -533,26 +618,23 @@ Status encode(const uint32_t* words, const uint32_t* a, const uint32_t* b, uint6
     });
     if (status != Status::ok) return status;
 
-    uint64_t histogram[kSymbols] = {};
-    for (const BlockState& state : states)
-        for (size_t s = 0; s < kSymbols; ++s) histogram[s] += state.histogram[s];
-    uint8_t lengths[kSymbols];
-    Code codes[kSymbols];
-    huffman_lengths(histogram, lengths);
-    if (!huffman_codes(lengths, codes)) return Status::bad_table;
+    Tables tables;
+    status = choose_tables(*isa, symbols.data(), states, &tables);
+    if (status != Status::ok) return status;
     status = for_each<NoScratch>(blocks, options.threads, [&](uint64_t i, NoScratch&) {
-        states[i].bytes = encode_streams(*isa, codes, states[i], weights_in(count, i), symbols.data() + i * kBlock, place(i));
+        states[i].bytes = encode_streams(*isa, tables.codes, states[i], symbols.data() + i * kBlock, place(i));
         return Status::ok;
     });
     if (status != Status::ok) return status;
 
     FrameHeader header{kFrameMagic, kFrameVersion, static_cast<uint8_t>(options.predictor), options.zero_bits, count,
-                       0, frame.alpha, static_cast<uint32_t>(blocks), static_cast<uint32_t>(options.run_count), 0};
-    if (options.run_count > 0) status = checksum_decoded(*isa, options, header, lengths, a, b, place, states);
+                       0, frame.alpha, static_cast<uint32_t>(blocks), runs, tables.count, 0, 0};
+    if (options.run_count > 0) status = checksum_decoded(*isa, options, header, tables, a, b, place, states);
     if (status != Status::ok) return status;
 
+    const size_t head_size = head_bytes(tables.count, runs, static_cast<uint32_t>(blocks));
     uint8_t* out = dst + head_size;
-    uint8_t* directory = dst + kHeadFixed + options.run_count * sizeof(StepRun);
+    uint8_t* directory = dst + directory_at(tables.count, runs);
     *result = {};
     for (uint64_t i = 0; i < blocks; ++i) {
         std::memmove(out, place(i), states[i].bytes);
@@ -563,10 +645,12 @@ Status encode(const uint32_t* words, const uint32_t* a, const uint32_t* b, uint6
         result->max_error = std::max(result->max_error, states[i].max_error);
     }
     for (size_t k = 0; k < options.run_count; ++k)
-        write_at(dst + kHeadFixed + k * sizeof(StepRun),
+        write_at(dst + runs_at(tables.count) + k * sizeof(StepRun),
                  StepRun{static_cast<uint32_t>(options.runs[k].first_tile), options.runs[k].step});
-    for (size_t s = 0; s < kSymbols; s += 2)
-        dst[sizeof(FrameHeader) + s / 2] = static_cast<uint8_t>(lengths[s] | lengths[s + 1] << 4);
+    for (uint32_t k = 0; k < tables.count; ++k)
+        for (size_t s = 0; s < kSymbols; s += 2)
+            dst[sizeof(FrameHeader) + k * kLengthBytes + s / 2] =
+                static_cast<uint8_t>(tables.lengths[k][s] | tables.lengths[k][s + 1] << 4);
     result->bytes = static_cast<size_t>(out - dst);
     result->alpha = frame.alpha;
     header.bytes = result->bytes;

@@ -20,7 +20,8 @@ inline constexpr size_t kBlockStreams = kBlockTiles / kStreamTiles;
 
 inline constexpr size_t kSymbols = 256;          // residuals -128 .. 127, as bytes
 inline constexpr int kCodeBits = 11;             // the longest Huffman code
-inline constexpr size_t kLengthBytes = kSymbols / 2;  // code lengths, two a byte
+inline constexpr size_t kLengthBytes = kSymbols / 2;  // code lengths of a table, two a byte
+inline constexpr size_t kMaxTables = 4;          // codes of a frame; each stream takes one
 inline constexpr int kZeroBits = 27;             // the field of a weight in the zero cell: sign, 3 of exponent, mantissa
 inline constexpr size_t kExceptionBytes = 6;     // u16 index in the block, u32 word
 
@@ -56,9 +57,11 @@ struct FrameHeader {
     float alpha;         // of the linear predictor; 0 otherwise
     uint32_t blocks;     // ceil(count / kBlock)
     uint32_t runs;       // step runs; 0 where no tile is of mode step
+    uint32_t tables;     // 1 .. kMaxTables
+    uint32_t reserved;   // 0
     uint32_t crc;        // CRC-32C of the head (header, code lengths, runs, directory) with this field zero
 };
-static_assert(sizeof(FrameHeader) == 40);
+static_assert(sizeof(FrameHeader) == 48);
 
 // Tiles from first_tile on, up to the next run, quantise with this step.
 struct StepRun {
@@ -74,8 +77,8 @@ struct BlockEntry {
 };
 static_assert(sizeof(BlockEntry) == 12);
 
-// A block's payload: this, then tiles [T], alphas [T] (linear predictor only), low bits, zero fields, exceptions, stream
-// sizes [u16 x S], streams.
+// A block's payload: this, then modes [T], alphas [T] (linear predictor only), low bits, zero fields, exceptions, stream
+// tables [u8 x S], stream sizes [u16 x S], streams.
 struct BlockHeader {
     uint32_t low_bytes;
     uint32_t zeros;
