@@ -79,6 +79,8 @@ inline constexpr size_t kTileExceptions = 64;  // a tile with more is stored raw
 inline constexpr size_t kLowBound = kBlock * 4 + 64;
 inline constexpr size_t kExceptionBound = kBlockTiles * kTileExceptions * kExceptionBytes;
 
+// The kernels of one instruction set. Its functions are declared here for block_decode.cpp and block_encode.cpp, which
+// are compiled once for each, NACD_ISA being the namespace.
 struct Kernels {
     const char* name;
     // first_tile: of the block in the frame, for its step. a, b: null where the predictor takes none.
@@ -86,12 +88,25 @@ struct Kernels {
                            const uint32_t* b, uint32_t* dst);
     void (*encode_block)(const EncodeFrame& frame, size_t first_tile, const uint32_t* words, const uint32_t* a,
                          const uint32_t* b, size_t count, BlockParts* parts);
+    // Adds the symbols to the histogram.
     void (*count_symbols)(const int8_t* symbols, size_t count, uint64_t histogram[kSymbols]);
     // Returns the stream's bytes; dst has room for 8 more.
     size_t (*pack_symbols)(const Code codes[kSymbols], const int8_t* symbols, size_t count, uint8_t* dst);
 };
 
-extern const Kernels kPortable;
-extern const Kernels kAvx2;  // only where NACD_HAVE_AVX2
+#define NACD_DECLARE_KERNELS(isa)                                                                                    \
+    namespace isa {                                                                                                  \
+    Status decode_block(const DecodeFrame&, const BlockView&, size_t, const uint32_t*, const uint32_t*, uint32_t*);  \
+    void encode_block(const EncodeFrame&, size_t, const uint32_t*, const uint32_t*, const uint32_t*, size_t,         \
+                      BlockParts*);                                                                                  \
+    void count_symbols(const int8_t*, size_t, uint64_t[kSymbols]);                                                   \
+    size_t pack_symbols(const Code[kSymbols], const int8_t*, size_t, uint8_t*);                                      \
+    inline constexpr Kernels kKernels{#isa, decode_block, encode_block, count_symbols, pack_symbols};                \
+    }
+
+NACD_DECLARE_KERNELS(portable)
+#ifdef NACD_HAVE_AVX2
+NACD_DECLARE_KERNELS(avx2)
+#endif
 
 }  // namespace nacd
