@@ -1,4 +1,4 @@
-// What codec_cpu.cpp and the kernels of block_cpu.cpp share: a frame's head and a block, checked and taken apart.
+// Between a frame and its blocks: a block taken apart, what coding one needs, and the kernels that do it.
 #pragma once
 
 #include <algorithm>
