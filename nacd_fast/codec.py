@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import codec_reference, native
-from .codec_format import BLOCK, SLACK, TILE, Bytes, CodecError, Words
+from .codec_format import BLOCK, SLACK, TILE, Bytes, CodecError, Words, ceil_div
 
 __all__ = [
     "BLOCK", "SLACK", "TILE", "Bytes", "CodecError", "Encoded", "FrameInfo", "Words",
@@ -70,8 +70,8 @@ def encode(
         raise ValueError(f"{len(references)} references, must be at most 2")
     for name, reference in zip("ab", references):
         _check_words(f"reference {name}", reference, len(words))
-    if alpha is not None and not np.isfinite(_float32(alpha)):
-        raise ValueError(f"alpha={alpha}, must be finite")
+    if alpha is not None and not abs(alpha) <= 2.0**127:
+        raise ValueError(f"alpha={alpha}, must be from -2^127 to 2^127")
     if zero_bits not in (0, 16):
         raise ValueError(f"zero_bits={zero_bits}, must be 0 (float32) or 16 (bfloat16)")
     if zero_bits and runs:
@@ -190,11 +190,6 @@ def _pair(references: Sequence[Words]) -> tuple[Words | None, Words | None]:
     return a, b
 
 
-def _float32(value: float) -> np.float32:
-    with np.errstate(over="ignore"):
-        return np.float32(value)
-
-
 def _check_words(name: str, array: Any, count: int | None = None) -> None:
     _check_array(name, array, np.uint32)
     if count is not None and len(array) != count:
@@ -212,14 +207,12 @@ def _check_array(name: str, array: Any, dtype: type) -> None:
 
 
 def _check_runs(runs: Sequence[tuple[int, float, float]], count: int) -> None:
-    last = -1
+    last, tiles = -1, ceil_div(count, TILE)
     for first_tile, step, tolerance in runs:
-        if not last < first_tile < max(1, -(-count // TILE)):
-            raise ValueError(f"run at tile {first_tile}, must be above {last} and below the {-(-count // TILE)} tiles")
-        with np.errstate(all="ignore"):
-            ok = step > 0 and np.isfinite(_float32(step)) and np.isfinite(np.float32(1) / _float32(step))
-        if not ok:
-            raise ValueError(f"step={step} at tile {first_tile}, must be positive and finite, as its inverse")
+        if not last < first_tile < tiles:
+            raise ValueError(f"run at tile {first_tile}, must be above {last} and below the {tiles} tiles")
+        if not 2.0**-126 <= step <= 2.0**126:
+            raise ValueError(f"step={step} at tile {first_tile}, must be from 2^-126 to 2^126, as its inverse")
         if not tolerance >= 0:
             raise ValueError(f"tolerance={tolerance} at tile {first_tile}, must be 0 or more")
         last = first_tile

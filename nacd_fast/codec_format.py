@@ -16,7 +16,7 @@ VERSION = 1
 BLOCK, TILE, STREAM_TILES = 65536, 512, 4  # weights of a block, weights of a tile, tiles of a stream
 MAX_COUNT = 2**40
 SLACK = 4096  # no stream reads further past its end
-CODE_BITS, SYMBOLS = 11, 256
+CODE_BITS, SYMBOLS, MAX_TABLES = 11, 256, 4
 ZERO_BITS = 27  # the field of a weight in cell 0
 NONE, PREVIOUS, LINEAR = 0, 1, 2
 
@@ -34,6 +34,8 @@ HEADER = np.dtype(
         ("alpha", "<u4"),  # a float32's word, as all floats here
         ("blocks", "<u4"),
         ("runs", "<u4"),
+        ("tables", "<u4"),
+        ("reserved", "<u4"),
         ("crc", "<u4"),
     ]
 )

@@ -21,8 +21,6 @@ __all__ = ["base_error", "block_range", "crc32c", "decode", "encode", "kernels",
 crc32c = form.crc32c
 BLOCKS_AT_ONCE = 64  # whose streams are decoded side by side
 
-_HEAD_FIXED = form.HEADER.itemsize + form.SYMBOLS // 2
-
 
 def kernels() -> str:
     return "reference (the native module was not built)"
@@ -31,7 +29,7 @@ def kernels() -> str:
 @dataclass(frozen=True)
 class _Frame:
     header: np.void
-    lengths: Bytes  # of the symbols' codes
+    lengths: Bytes  # of the symbols' codes [tables, SYMBOLS]
     runs: NDArray[np.void]
     directory: NDArray[np.void]
     head_bytes: int
@@ -54,6 +52,7 @@ class _Block:
     zeros: int
     zero_fields: Bytes
     exceptions: NDArray[np.void]
+    stream_tables: Bytes
     stream_sizes: Integers
     streams: Bytes
 
@@ -90,8 +89,10 @@ def _parse_head(head: Bytes) -> _Frame:
         raise CodecError("not a frame")
     if header["version"] != form.VERSION:
         raise CodecError("a frame of a version that this build does not read")
-    blocks, runs = int(header["blocks"]), int(header["runs"])
-    head_bytes = _HEAD_FIXED + runs * form.RUN.itemsize + blocks * form.ENTRY.itemsize
+    tables_at = form.HEADER.itemsize
+    runs_at = tables_at + form.SYMBOLS // 2 * int(header["tables"])
+    directory_at = runs_at + form.RUN.itemsize * int(header["runs"])
+    head_bytes = directory_at + form.ENTRY.itemsize * int(header["blocks"])
     if not _valid_header(header) or header["bytes"] < head_bytes:
         raise CodecError("a header field outside its limits")
     if len(head) < head_bytes:
@@ -100,16 +101,15 @@ def _parse_head(head: Bytes) -> _Frame:
     zeroed[: form.HEADER.itemsize].view(form.HEADER)["crc"] = 0
     if crc32c(zeroed) != header["crc"]:
         raise CodecError("a checksum that does not fit its bytes")
-    packed = head[form.HEADER.itemsize : _HEAD_FIXED]
-    directory_at = _HEAD_FIXED + runs * form.RUN.itemsize
+    packed = head[tables_at:runs_at]
     frame = _Frame(
         header,
-        np.stack([packed & 15, packed >> 4], axis=1).reshape(-1),
-        head[_HEAD_FIXED:directory_at].view(form.RUN),
+        np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, form.SYMBOLS),
+        head[runs_at:directory_at].view(form.RUN),
         head[directory_at:head_bytes].view(form.ENTRY),
         head_bytes,
     )
-    if not _valid_runs(frame.runs) or frame.offset(blocks) != header["bytes"]:
+    if not _valid_runs(frame.runs) or frame.offset(int(header["blocks"])) != header["bytes"]:
         raise CodecError("a header field outside its limits")
     return frame
 
@@ -125,6 +125,8 @@ def _valid_header(header: np.void) -> bool:
         and (predictor == form.LINEAR or header["alpha"] == 0)
         and header["runs"] <= ceil_div(count, TILE)
         and (header["runs"] == 0 or zero_bits == 0)
+        and 1 <= header["tables"] <= form.MAX_TABLES
+        and header["reserved"] == 0
     )
 
 
@@ -156,11 +158,11 @@ def decode(
     frame = _parse_head(head)
     if blocks == 0:
         return
-    codes = form.canonical_codes(frame.lengths)
+    tables = _decoding_tables(frame.lengths)
     for start in range(first, first + blocks, BLOCKS_AT_ONCE):
         group = range(start, min(start + BLOCKS_AT_ONCE, first + blocks))
         parts = list(_read_blocks(frame, payload, first, group))
-        for i, part, residuals in zip(group, parts, _read_symbols(parts, codes, frame.lengths)):
+        for i, part, residuals in zip(group, parts, _read_symbols(parts, *tables)):
             own = slice((i - first) * BLOCK, (i - first) * BLOCK + part.count)
             out[own] = _decode_block(frame, i, part, residuals, form.part(a, own), form.part(b, own), base_only)
             if verify and crc32c(out[own].view(np.uint8)) != frame.directory["words_crc"][i]:
@@ -195,9 +197,10 @@ def _view_block(frame: _Frame, data: Bytes, count: int) -> _Block:
     low = take(low_bytes)
     zero_fields = take(ceil_div(form.ZERO_BITS * zeros, 8))
     apart = take(form.EXCEPTION.itemsize * exceptions).view(form.EXCEPTION)
-    stream_sizes = take(2 * ceil_div(tiles, STREAM_TILES)).view("<u2").astype(np.int64)
+    stream_tables = take(ceil_div(tiles, STREAM_TILES))
+    stream_sizes = take(2 * len(stream_tables)).view("<u2").astype(np.int64)
     streams = take(len(data) - at)
-    if stream_sizes.sum() != len(streams):
+    if stream_sizes.sum() != len(streams) or np.any(stream_tables >= frame.header["tables"]):
         raise CodecError("block sections that do not fill the block")
     unknown = modes >= form.MODES
     if frame.header["zero_bits"]:
@@ -206,30 +209,38 @@ def _view_block(frame: _Frame, data: Bytes, count: int) -> _Block:
         unknown |= modes >= form.STEP
     if np.any(unknown):
         raise CodecError("an unknown tile mode")
-    return _Block(count, modes, alphas, low, zeros, zero_fields, apart, stream_sizes, streams)
+    return _Block(count, modes, alphas, low, zeros, zero_fields, apart, stream_tables, stream_sizes, streams)
 
 
-def _read_symbols(parts: list[_Block], codes: NDArray[np.uint32], lengths: Bytes) -> list[Integers]:
+def _decoding_tables(lengths: Bytes) -> tuple[NDArray[np.int16], Integers]:
+    """Of each table, the symbol that any CODE_BITS bits begin with, -1 where it is none, and how many bits it has."""
+    symbol_of = np.full((len(lengths), 1 << CODE_BITS), -1, np.int16)
+    bits_of = np.zeros(symbol_of.shape, np.int64)
+    for table, of_table in enumerate(lengths):
+        codes = form.canonical_codes(of_table)
+        for symbol in np.flatnonzero(of_table):  # every continuation of its code
+            own = slice(int(codes[symbol]), None, 1 << int(of_table[symbol]))
+            symbol_of[table, own], bits_of[table, own] = symbol, of_table[symbol]
+    return symbol_of, bits_of
+
+
+def _read_symbols(parts: list[_Block], symbol_of: NDArray[np.int16], bits_of: Integers) -> list[Integers]:
     """The residuals of each block's weights, 0 where a weight has none."""
-    symbol_of, bits_of = np.full(1 << CODE_BITS, -1, np.int16), np.zeros(1 << CODE_BITS, np.int64)
-    for symbol in np.flatnonzero(lengths):  # every continuation of a code
-        own = slice(int(codes[symbol]), None, 1 << int(lengths[symbol]))
-        symbol_of[own], bits_of[own] = symbol, lengths[symbol]
-
     data = np.concatenate([part.streams for part in parts] + [np.zeros(form.SLACK, np.uint8)]).astype(np.uint32)
     windows = data[:-2] | data[1:-1] << 8 | data[2:] << 16  # at each byte, the 17 bits and more that follow any bit
+    tables = np.concatenate([part.stream_tables for part in parts])
     sizes = np.concatenate([part.stream_sizes for part in parts])
     counts = np.concatenate([part.symbols_of_streams() for part in parts])
     starts = 8 * (np.cumsum(sizes) - sizes)
 
     longest_first = np.argsort(-counts, kind="stable")
-    at = starts[longest_first]
+    at, table = starts[longest_first], tables[longest_first]
     symbols = np.zeros((STREAM_TILES * TILE, len(counts)), np.int16)
     for i in range(int(counts.max())):
         active = int(np.count_nonzero(counts > i))
         window = windows[at[:active] >> 3] >> (at[:active] & 7).astype(np.uint32) & (1 << CODE_BITS) - 1
-        symbols[i, :active] = symbol_of[window]
-        at[:active] += bits_of[window]
+        symbols[i, :active] = symbol_of[table[:active], window]
+        at[:active] += bits_of[table[:active], window]
     bits = np.empty_like(at)
     bits[longest_first] = at
     if np.any(symbols < 0) or np.any((bits - starts + 7) // 8 != sizes):
@@ -272,13 +283,13 @@ def _decode_block(
     width[raw] = 32 - zero_bits
     width[step] = mode[step] - form.STEP
     offsets = np.cumsum(width) - width
-    if ceil_div(int(width.sum()), 8) != len(part.low) or np.count_nonzero(cell == 0) != part.zeros:
+    if ceil_div(int(width.sum()), 8) != len(part.low):
         raise CodecError("a stream that does not fit its tiles")
     low = _read_bits(part.low, offsets, width)
 
     if base_only:
         low[grid] = (1 << width[grid]) >> 1  # the middle of the cell
-        of_zero = np.zeros(part.zeros, np.int64)
+        of_zero = np.zeros(np.count_nonzero(cell == 0), np.int64)
     else:
         of_zero = _zero_cell(part, exponent[cell == 0])
     words[grid] = form.cell_words(cell, exponent, low[grid])
@@ -304,6 +315,8 @@ def _between(x: Integers, low: int, high: int) -> NDArray[np.bool_]:
 
 def _zero_cell(part: _Block, exponent: Integers) -> Integers:
     """The words of the weights in cell 0, from their fields: sign, k, mantissa."""
+    if len(exponent) != part.zeros:
+        raise CodecError("a stream that does not fit its tiles")
     field = _read_bits(part.zero_fields, form.ZERO_BITS * np.arange(part.zeros), np.full(part.zeros, form.ZERO_BITS))
     k = field >> 23 & 7
     magnitude = np.where(k == 7, 0, (126 + exponent - k << 23) + (field & 0x7FFFFF))

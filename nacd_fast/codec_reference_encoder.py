@@ -2,7 +2,7 @@
 
 A tile takes the cheapest of a few candidates: each codes all tiles of a block in one way, the sizes of cells and shifts
 set from the tile's median difference. The order is that of the format: all blocks but their streams first, then the
-codes that fit the whole frame, then the streams. Arrays are [T, TILE], the last tile filled up.
+one code that fits the whole frame, then the streams. Arrays are [T, TILE], the last tile filled up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,7 +60,7 @@ def encode(
     alpha_word = np.uint32(0)
     if predictor == form.LINEAR:
         assert a is not None and b is not None
-        alpha_word = _fit_alpha(words, a, b) if alpha is None else np.float32(alpha).view(np.uint32)
+        alpha_word = _fit_alpha(words, a, b) if alpha is None else form.narrow(np.array([alpha]))[0]
     parts = []
     for start in range(0, len(words), BLOCK):
         own = slice(start, start + BLOCK)
@@ -94,21 +94,21 @@ def _write_frame(
             _pack(codes[symbols].astype(np.int64), lengths[symbols].astype(np.int64)) for symbols in part.symbols
         ]
         sizes = np.array([len(stream) for stream in streams], "<u2")
-        payload = np.frombuffer(part.prefix + sizes.tobytes() + b"".join(s.tobytes() for s in streams), np.uint8)
+        sections = [part.prefix, bytes(len(streams)), sizes.tobytes(), *(stream.tobytes() for stream in streams)]
+        payload = np.frombuffer(b"".join(sections), np.uint8)
         entry["bytes"], entry["payload_crc"], entry["words_crc"] = len(payload), form.crc32c(payload), part.words_crc
         payloads.append(payload)
 
     header, table = np.zeros(1, form.HEADER), np.zeros(len(runs), form.RUN)
-    for row, (first_tile, step, _) in zip(table, runs):
-        row["first_tile"], row["step"] = first_tile, np.float32(step).view(np.uint32)
+    table["first_tile"], table["step"] = [first for first, _, _ in runs], _steps(runs)
     packed = lengths[::2] | lengths[1::2] << 4
-    sections = [section.view(np.uint8) for section in (header, packed, table, directory)]
-    size = sum(len(section) for section in (*sections, *payloads))
-    header[0] = (form.MAGIC, form.VERSION, predictor, zero_bits, count, size, alpha, len(parts), len(runs), 0)
-    header["crc"] = form.crc32c(np.concatenate(sections))
+    head = [section.view(np.uint8) for section in (header, packed, table, directory)]
+    size = sum(len(section) for section in (*head, *payloads))
+    header[0] = (form.MAGIC, form.VERSION, predictor, zero_bits, count, size, alpha, len(parts), len(runs), 1, 0, 0)
+    header["crc"] = form.crc32c(np.concatenate(head))
     exceptions = sum(part.exceptions for part in parts)
     error = max((part.max_error for part in parts), default=0.0)
-    return np.concatenate([*sections, *payloads]), form.number(int(alpha)), exceptions, error
+    return np.concatenate([*head, *payloads]), form.number(int(alpha)), exceptions, error
 
 
 # Blocks
@@ -250,7 +250,7 @@ def _grid(w: Words, p: Words, exponent: Integers) -> _Tiles:
 def _step(w: Words, p: Words, runs: Sequence[Run], first_tile: int) -> _Tiles:
     """Multiples of the runs' steps; everything apart in tiles before the first run."""
     run = np.searchsorted([first for first, _, _ in runs], np.arange(len(w)) + first_tile, side="right") - 1
-    step = np.array([step for _, step, _ in runs], np.float32).view(np.uint32)[run][:, None]
+    step = _steps(runs)[run][:, None]
     tolerance = np.array([tolerance for _, _, tolerance in runs])[run][:, None]
     tiles = _plain(form.STEP, w)
     inverse = form.inverse(step)
@@ -268,6 +268,10 @@ def _step(w: Words, p: Words, runs: Sequence[Run], first_tile: int) -> _Tiles:
     _without_far(tiles)
     tiles.words = np.where(tiles.apart, w, values)
     return tiles
+
+
+def _steps(runs: Sequence[Run]) -> Words:
+    return form.narrow(np.array([step for _, step, _ in runs], np.float64))
 
 
 def _without_far(tiles: _Tiles) -> _Tiles:
