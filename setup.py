@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = ["nacd_fast", "nacd_fast.selection", "nacd_kernels"]
+PACKAGES = ["nacd_fast", "nacd_fast.selection", "nacd_fast.store", "nacd_kernels"]
 PACKAGE_DIR = {"nacd_kernels": "kernels/nacd_kernels"}
 PACKAGE_DATA = {"nacd_fast": ["py.typed", "*.pyi", "demo/**/*", "recipes/*.yaml", "templates/*"]}
 

@@ -1,7 +1,7 @@
 """Experts: LoRA trained on the full set, whose weight trajectories are to be matched.
 
-    <folder>/trajectory/     a TrajectoryStore: the adapters at step 0, at each epoch's end, each snapshot_steps
-    <folder>/schedule.json   {"steps_per_epoch", "total_steps", "losses": [of each step, before its update]}
+    <folder>/trajectory.nacd  a TrajectoryStore: the adapters at step 0, at each epoch's end, each snapshot_steps
+    <folder>/schedule.json    {"steps_per_epoch", "total_steps", "losses": [of each step, before its update]}
 
 Equation 2's theta^{t + M} against theta^t: snapshots are named by optimiser steps, so that spans can be shorter than an
 epoch. At step 0 every B is 0, and A is drawn from the expert's seed.
@@ -22,6 +22,8 @@ from .store import TrajectoryWriter
 from .student import adapter_state, add_lora, load_model, max_positions, model_digest
 from .training import Observer, Samples, check_batch, check_lengths, data_settings, model_settings, train
 from .training import steps_per_epoch as steps_per_epoch  # of an expert, for the stages that read its trajectory
+
+TRAJECTORY = "trajectory.nacd"  # in an expert's folder
 
 
 class Snapshots(Observer):
@@ -69,7 +71,7 @@ def run(
     ) as stage:
         if stage.finished:
             return folder
-        with TrajectoryWriter(folder / "trajectory") as writer:
+        with TrajectoryWriter(folder / TRAJECTORY) as writer:
             periods = [per_epoch, *filter(None, [config.snapshot_steps])]
             losses = train(
                 student,

@@ -15,8 +15,9 @@ of updates, so that a prompt first met late is corrected for Adam's zero start a
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from .config import DataConfig, ExpertConfig, MatchConfig, ModelConfig
 from .data import Encoded, Example, collate, digest, encode_set
 from .decode import banned_ids
 from .errors import InputError, NonFiniteError
-from .experts import steps_per_epoch, total_steps
+from .experts import TRAJECTORY, steps_per_epoch, total_steps
 from .progress import progress_bar
 from .store import TrajectoryStore
+from .store.prefetch import Prefetch
 from .student import Student, add_lora, load_model, max_positions, model_digest
 from .training import check_batch, check_lengths, data_settings, model_settings
 from .unroll import SGD, AdamW, Update, unrolled_sgd
@@ -51,6 +53,24 @@ class Segment:
     expert: int
     start: int
     target: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance decides in one iteration, and the generator's state after it."""
+
+    segment: Segment
+    rows: Tensor  # of the kept samples, for every step [N, batch]
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that an iteration reads."""
+
+    draw: Draw
+    start: Tensor  # theta*_t [P], on the student's device
+    target: Tensor  # theta*_{t+M} [P]
 
 
 def check_starts(config: MatchConfig, experts: ExpertConfig, samples: int) -> None:
@@ -184,7 +204,7 @@ class Matcher:
     ):
         self.config, self.student, self.rows, self.ids = config, student, rows, ids
         self.banned, self.pad_id = banned, pad_id
-        self.stores = [TrajectoryStore(folder / "trajectory") for folder in experts]
+        self.stores = [TrajectoryStore(folder / TRAJECTORY) for folder in experts]
         self.segments = segments(experts, self.stores, config)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,20 +216,29 @@ class Matcher:
         """The samples and the rate at which a number stopped being finite, for a message."""
         return f"(samples {', '.join(self.ids[i] for i in rows.tolist())}; alpha {float(log_alpha.exp()):.4g})"
 
-    def iterate(self, learned: Learned) -> dict[str, float]:
-        """One update of the prompts and of alpha, in place. Raises NonFiniteError, leaving `learned` as it was."""
-        before = learned.generator.get_state()
-        try:
-            return self.update(learned)
-        except NonFiniteError:
-            learned.generator.set_state(before)
-            raise
+    def draws(self, state: Tensor) -> Iterator[Draw]:
+        """Those of all iterations to come, from a generator's state."""
+        generator = torch.Generator()
+        generator.set_state(state)
+        while True:
+            segment = self.segments[int(torch.randint(len(self.segments), (1,), generator=generator))]
+            rows = draw_batches(len(self.rows), self.config.inner_steps, self.config.batch, generator)
+            yield Draw(segment, rows, generator.get_state())
 
-    def update(self, learned: Learned) -> dict[str, float]:
+    def read(self, draw: Draw) -> Ready:
+        segment = draw.segment
+        start, target = self.stores[segment.expert].read_pair(segment.start, segment.target)
+        return Ready(draw, self.student.flatten(start), self.student.flatten(target))
+
+    def ahead(self, learned: Learned) -> Prefetch[Draw, Ready]:
+        """What the iterations still to be made need, in their order, read in a thread while others run."""
+        left = self.config.iterations - len(learned.curve)
+        return Prefetch(self.read, islice(self.draws(learned.generator.get_state()), left))
+
+    def iterate(self, learned: Learned, ready: Ready) -> dict[str, float]:
+        """One update of the prompts and of alpha, in place. Raises NonFiniteError, leaving `learned` as it was."""
         config, student = self.config, self.student
-        chosen = self.segments[int(torch.randint(len(self.segments), (1,), generator=learned.generator))]
-        drawn = draw_batches(len(self.rows), config.inner_steps, config.batch, learned.generator)
-        start, target = map(student.flatten, self.stores[chosen.expert].read_pair(chosen.start, chosen.target))
+        drawn, start, target = ready.draw.rows, ready.start, ready.target
         used, position = drawn.to(student.device).unique(return_inverse=True)
         prompts = learned.prompts[used].requires_grad_()
         log_alpha = learned.log_alpha.clone().requires_grad_()
@@ -231,6 +260,7 @@ class Matcher:
         if not bool(d_prompts.isfinite().all() & d_log_alpha.isfinite().all()):
             raise NonFiniteError(f"the hypergradient is not finite {self.blame(used, log_alpha)}")
         numbers = dict(zip(CURVE, torch.stack([loss, distill, reg, log_alpha.exp()[0]]).tolist(), strict=True))
+        learned.generator.set_state(ready.draw.after)
         learned.counts[used] += 1
         adam_step(
             learned.prompts,
@@ -307,10 +337,13 @@ def run(
             learned = Learned.start(
                 first_prompts(config, len(examples), student.embedding, allowed, seed), config.alpha, seed
             )
-        with progress_bar(f"matching, seed {seed}", config.iterations, len(learned.curve)) as bar:
-            for iteration in range(len(learned.curve), config.iterations):
+        with (
+            progress_bar(f"matching, seed {seed}", config.iterations, len(learned.curve)) as bar,
+            matcher.ahead(learned) as ahead,
+        ):
+            for iteration, ready in enumerate(ahead, len(learned.curve)):
                 try:
-                    numbers = matcher.iterate(learned)
+                    numbers = matcher.iterate(learned, ready)
                 except NonFiniteError as error:
                     write_atomic(state, save(learned.tensors()))
                     raise NonFiniteError(

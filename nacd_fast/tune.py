@@ -99,7 +99,7 @@ class Validation(Observer):
     def __init__(self, work: Path, model: PeftModel, rows: Sequence[Encoded], per_epoch: int, pad_id: int):
         self.model, self.rows, self.per_epoch, self.pad_id = model, rows, per_epoch, pad_id
         self.path = work / "validation.json"
-        self.writer = TrajectoryWriter(work / "epochs")
+        self.writer = TrajectoryWriter(work / "epochs.nacd")
         self.nll: list[float] = read_json(self.path) if self.path.exists() else []
 
     def begin(self, step: int) -> None:
@@ -133,7 +133,8 @@ def finish(stage: Stage, model: PeftModel, path: str, losses: list[float], valid
     """Write the best epoch's adapters and the log."""
     nll, per_epoch = validation.nll, validation.per_epoch
     best = min(range(len(nll)), key=nll.__getitem__) + 1
-    load_adapter_state(model, TrajectoryStore(validation.writer.folder).read(best))
+    with TrajectoryStore(validation.writer.path) as trajectory:
+        load_adapter_state(model, trajectory.read(best))
     export_adapter(model, path, stage.work, stage.folder / "adapter")
     train_loss = [math.fsum(losses[e * per_epoch : (e + 1) * per_epoch]) / per_epoch for e in range(len(nll))]
     epochs = [{"epoch": e + 1, "train_loss": train_loss[e], "validation_nll": nll[e]} for e in range(len(nll))]

@@ -46,13 +46,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: ModelConfig) -> Path:
 
 
 def test_outputs(whole: Path, model: ModelConfig) -> None:
-    trajectory = TrajectoryStore(whole / "trajectory")
+    trajectory = TrajectoryStore(whole / experts.TRAJECTORY)
     assert trajectory.steps == [0, 4, 6, 8, 12, 16, 18]
     schedule = json.loads((whole / "schedule.json").read_text())
     assert schedule["steps_per_epoch"] == 6 and schedule["total_steps"] == 18 and len(schedule["losses"]) == 18
     assert sum(schedule["losses"][-6:]) < sum(schedule["losses"][:6])
     names = {p.name for p in whole.iterdir()}
-    assert names == {"config.json", "manifest.json", "schedule.json", "timing.json", "trajectory"}
+    assert names == {"config.json", "manifest.json", "schedule.json", "timing.json", "trajectory.nacd"}
     initial = adapter_state(add_lora(load_model(model.path)[0], model, seed=0))
     for name, value in trajectory.read(0).items():
         assert torch.equal(value, initial[name])
@@ -71,14 +71,14 @@ def test_outputs(whole: Path, model: ModelConfig) -> None:
 )
 def test_schedule(tmp_path: Path, model: ModelConfig, change: dict[str, Any], steps: list[int], total: int) -> None:
     folder = run(tmp_path / "expert0", model, replace(CONFIG, **change))
-    assert TrajectoryStore(folder / "trajectory").steps == steps
+    assert TrajectoryStore(folder / experts.TRAJECTORY).steps == steps
     assert json.loads((folder / "schedule.json").read_text())["total_steps"] == total
 
 
 def test_max_steps_is_a_prefix_and_seeds_differ(tmp_path: Path, model: ModelConfig, whole: Path) -> None:
     short = run(tmp_path / "short", model, replace(CONFIG, max_steps=6))
     other = run(tmp_path / "other", model, replace(CONFIG, max_steps=6), seed=1)
-    states = [TrajectoryStore(folder / "trajectory").read_pair(0, 6) for folder in (whole, short, other)]
+    states = [TrajectoryStore(folder / experts.TRAJECTORY).read_pair(0, 6) for folder in (whole, short, other)]
     for i in (0, 1):
         assert all(torch.equal(value, states[1][i][name]) for name, value in states[0][i].items())
         assert not all(torch.equal(value, states[2][i][name]) for name, value in states[0][i].items())
@@ -116,9 +116,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         training, "token_losses", at_call(random.Random(0).randrange(2, 18), losses.token_losses)
     ),
     "after a snapshot": lambda m: m.setattr(experts.Snapshots, "after", after_snapshot(experts.Snapshots.after, 8)),
-    "in a snapshot": lambda m: m.setattr(
-        store.TrajectoryWriter, "write_index", at_call(4, store.TrajectoryWriter.write_index)
-    ),
+    "in a snapshot": lambda m: m.setattr(store.writer, "write_frame", at_call(4, store.writer.write_frame)),
     "in a checkpoint": lambda m: m.setattr(training, "mark", at_call(10, training.mark)),
     "between model and optimizer": lambda m: m.setattr(
         training.AdapterTrainer,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nacd_fast import experts, matching
 from nacd_fast.artifacts import file_digest
@@ -54,7 +54,7 @@ def test_one_iteration_is_algorithm_1(model: ModelConfig, expert: Path) -> None:
     chosen = matcher.segments[int(torch.randint(len(matcher.segments), (1,), generator=generator))]
     drawn = matching.draw_batches(len(KEPT), MATCH.inner_steps, MATCH.batch, generator)
 
-    store = TrajectoryStore(expert / "trajectory")
+    store = TrajectoryStore(expert / experts.TRAJECTORY)
     start, target = (
         student.flatten(store.read(chosen.start)),
         student.flatten(store.read(chosen.start + MATCH.span_steps)),
@@ -71,7 +71,8 @@ def test_one_iteration_is_algorithm_1(model: ModelConfig, expert: Path) -> None:
     torch.optim.Adam([prompts], lr=MATCH.prompt_lr).step()
     torch.optim.Adam([log_alpha], lr=MATCH.alpha_lr).step()
 
-    numbers = matcher.iterate(learned)
+    with matcher.ahead(learned) as ahead:
+        numbers = matcher.iterate(learned, next(ahead))
     assert numbers["distill"] == pytest.approx(float(distill), rel=1e-5)
     assert numbers["reg"] == pytest.approx(float(distance), rel=1e-4)
     assert numbers["loss"] == pytest.approx(float(distill) + MATCH.beta * float(distance), rel=1e-4)
@@ -166,10 +167,10 @@ def test_non_finite_loss_names_iteration_step_and_samples_and_keeps_the_last_sta
 
     with monkeypatch.context() as patch:
 
-        def poisoned(matcher: matching.Matcher, learned: matching.Learned) -> dict[str, float]:
+        def poisoned(matcher: matching.Matcher, learned: matching.Learned, ready: matching.Ready) -> dict[str, float]:
             if len(learned.curve) == 3:
                 patch.setattr(matcher.student, "loss", lambda p, *_: torch.nan * sum(t.sum() for t in p.values()))
-            return iterate(matcher, learned)
+            return iterate(matcher, learned, ready)
 
         patch.setattr(matching.Matcher, "iterate", poisoned)
         with pytest.raises(NonFiniteError) as caught:
@@ -228,7 +229,10 @@ def test_a_changed_trajectory_is_refused(model: ModelConfig, expert: Path, tmp_p
     import shutil
 
     copy = shutil.copytree(expert, tmp_path / "expert")
-    path = sorted((copy / "trajectory").glob("*.safetensors"))[0]
-    save_file({name: t + 1 for name, t in load_file(path).items()}, path)
-    with pytest.raises(InputError, match="has SHA-256"):
+    path = copy / experts.TRAJECTORY
+    data = bytearray(path.read_bytes())
+    place = TrajectoryStore(path).index.frames[0].record
+    data[place.payload + place.frame_bytes - 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="the snapshot of step 0: a checksum that does not fit its bytes"):
         matching.run(tmp_path / "match", model, DATA, MATCH, KEPT, [copy], 0)

@@ -1,0 +1,143 @@
+"""Snapshots from frames: reads a frame's bytes, decodes its references first, and keeps those for the next one.
+
+Every decoded block is compared with its words' checksum: a reference that is not the one that was encoded against is an
+error like any damaged byte, never a wrong tensor.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import codec
+from ..codec import BLOCK, SLACK, CodecError
+from ..errors import InputError
+from .index import Index, Place
+from .records import HEADER, Bytes
+from .schema import Schema
+
+Words = NDArray[np.uint32]
+
+
+class FrameCache:
+    """Decoded snapshots by step, at most `limit` bytes; the least recently used goes first, keys last. For threads."""
+
+    def __init__(self, limit: int):
+        self.limit, self.bytes = limit, 0
+        self.lock = threading.Lock()
+        self.keys: OrderedDict[int, Words] = OrderedDict()
+        self.others: OrderedDict[int, Words] = OrderedDict()
+
+    def get(self, step: int) -> Words | None:
+        with self.lock:
+            for kept in (self.keys, self.others):
+                if step in kept:
+                    kept.move_to_end(step)
+                    return kept[step]
+        return None
+
+    def put(self, step: int, words: Words, *, key: bool) -> None:
+        """Keep `words`, which nobody may change from now on."""
+        words.flags.writeable = False
+        with self.lock:
+            if words.nbytes > self.limit or step in self.keys or step in self.others:
+                return
+            if not key and words.nbytes > self.limit - sum(kept.nbytes for kept in self.keys.values()):
+                return
+            (self.keys if key else self.others)[step] = words
+            self.bytes += words.nbytes
+            while self.bytes > self.limit:
+                self.bytes -= (self.others or self.keys).popitem(last=False)[1].nbytes
+
+
+class Decoder:
+    """The snapshots of an index, as words."""
+
+    def __init__(self, index: Index, schema: Schema, cache: FrameCache, threads: int = 1):
+        self.index, self.schema, self.cache, self.threads = index, schema, cache, threads
+        self.all = range(-(-schema.count // BLOCK))
+
+    def words(self, step: int) -> Words:
+        """The snapshot [P], read-only: from the cache, or decoded and kept there."""
+        return self.reference(step, self.all, {})
+
+    def decode(self, step: int, blocks: range, out: Words | None = None, *, base_only: bool = False) -> Words:
+        """Those blocks of the snapshot, in `out` where it is given. References are exact even with base_only."""
+        return self.decode_frame(step, blocks, out, {}, base_only)
+
+    def reference(self, step: int, blocks: range, made: dict[int, Words]) -> Words:
+        """Those blocks of the snapshot, read-only. `made` holds what the same read has decoded already."""
+        if step in made:
+            return made[step]
+        kept = self.cache.get(step)
+        if kept is not None:
+            return kept[blocks.start * BLOCK : blocks.stop * BLOCK]
+        made[step] = self.decode_frame(step, blocks, None, made, False)
+        if blocks == self.all:
+            self.cache.put(step, made[step], key=not self.index.frames[step].record.references)
+        return made[step]
+
+    def decode_frame(
+        self, step: int, blocks: range, out: Words | None, made: dict[int, Words], base_only: bool
+    ) -> Words:
+        place = self.index.frames[step]
+        references = [self.reference(other, blocks, made) for other in place.record.references]
+        try:
+            frame = self.read_frame(place)
+            return codec.decode(
+                frame,
+                references,
+                blocks=blocks,
+                out=out,
+                threads=self.threads,
+                verify=not base_only,
+                base_only=base_only,
+            )
+        except CodecError as error:
+            raise InputError(f"{place.path}: the snapshot of step {step}: {error}") from None
+
+    def read_frame(self, place: Place) -> Bytes:
+        """The frame's bytes, with slack behind them. Raises CodecError unless it is the one that the index means."""
+        record, count = place.record, self.schema.count
+        if record.frame_bytes > 8 * count + 2**16 + 2**10 * len(self.all):
+            raise CodecError(f"{record.frame_bytes} bytes for {count} weights")
+        frame = read_bytes(place, record.payload, record.frame_bytes, SLACK)
+        info = codec.read_info(frame)
+        found = (info.bytes, info.count, info.predictor, info.zero_bits)
+        wanted = (record.frame_bytes, count, len(record.references), self.schema.zero_bits)
+        if found != wanted:
+            raise CodecError(f"a frame of (bytes, weights, references, zero bits) {found}, must be {wanted}")
+        return frame
+
+    def read_table(self, place: Place) -> Bytes:
+        """What the payload holds behind the frame."""
+        record = place.record
+        return read_bytes(place, record.payload + record.frame_bytes, record.payload_bytes - record.frame_bytes, 0)
+
+    def check_record(self, step: int) -> None:
+        """Raise InputError unless the record's bytes are those that were written."""
+        place = self.index.frames[step]
+        record = place.record
+        try:
+            if codec.crc32c(read_bytes(place, record.payload, record.payload_bytes, 0)) != record.payload_crc:
+                raise CodecError("a record's payload that changed since it was written")
+        except CodecError as error:
+            raise InputError(f"{place.path}: the snapshot of step {step}: {error}") from None
+
+
+def read_bytes(place: Place, offset: int, size: int, slack: int) -> Bytes:
+    """Bytes of the place's record, and room for `slack` more. Raises CodecError if the record is another by now."""
+    header = os.pread(place.file.fileno(), HEADER.size, place.record.offset)
+    if len(header) < HEADER.size or HEADER.unpack(header)[-1] != place.record.header_crc:
+        raise CodecError("the file was cut or changed while it was read")
+    data = np.empty(size + slack, np.uint8)
+    data[size:] = 0
+    done = 0
+    while done < size:
+        got = os.preadv(place.file.fileno(), [data[done:size].data], offset + done)
+        if got == 0:
+            raise CodecError("the file was cut while it was read")
+        done += got
+    return data

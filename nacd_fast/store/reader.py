@@ -1,0 +1,227 @@
+"""Reads snapshots of a trajectory, in any order, while a writer may be appending.
+
+A store sees what was there when it was opened. Whatever bytes are not those that were written end in an InputError that
+names the file and the step; no check is left to the caller.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..codec import BLOCK
+from ..errors import InputError
+from .bounds import by_name, from_table
+from .decoder import Decoder, FrameCache, Words
+from .index import Index, open_name, read_index
+from .layout import GROUP, frames_to
+from .prefetch import Prefetch
+from .schema import Schema, to_flat
+
+CACHE_BYTES = 2**29  # of decoded frames that others are coded against
+ATTEMPTS = 100  # at opening, while a writer changes the files
+
+Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+class TrajectoryStore:
+    """A trajectory for reading: `steps`, and the snapshot at each. One store can be read from several threads."""
+
+    def __init__(self, path: Path, *, cache_bytes: int = CACHE_BYTES, threads: int = 1):
+        self.path = path
+        self.files, self.index = open_files(path)
+        # a file whose schema was not written to its end holds nothing
+        self.schema = self.index.schema or Schema({}, "float32", "hierarchical", GROUP, 0.0)
+        self.decoder = Decoder(self.index, self.schema, FrameCache(cache_bytes), threads)
+
+    def __enter__(self) -> "TrajectoryStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def __len__(self) -> int:
+        return len(self.index.frames)
+
+    @property
+    def steps(self) -> list[int]:
+        return list(self.index.frames)
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        return self.schema.tensors
+
+    def check_step(self, step: int) -> None:
+        """Raise InputError, with the nearest steps, unless there is a snapshot at `step`."""
+        if step in self.index.frames:
+            return
+        below = [str(s) for s in self.steps if s < step][-1:]
+        above = [str(s) for s in self.steps if s > step][:1]
+        raise InputError(f"{self.path}: no snapshot at step {step}; nearest: {' and '.join(below + above) or 'none'}")
+
+    def frames_to(self, step: int) -> int:
+        """How many frames are decoded for the snapshot when none is in the cache."""
+        self.check_step(step)
+        return len(frames_to(step, self.index.references))
+
+    def bounds(self, step: int) -> Mapping[str, float]:
+        """The most that a weight of each tensor is off; 0 is lossless."""
+        self.check_step(step)
+        self.decoder.check_record(step)
+        place = self.index.frames[step]
+        try:
+            return by_name(from_table(self.decoder.read_table(place), self.schema), self.schema)
+        except ValueError as error:
+            raise InputError(f"{place.path}: the snapshot of step {step}: {error}") from None
+
+    def read(
+        self,
+        step: int,
+        *,
+        tensors: Sequence[str] | None = None,
+        out: Tensor | Mapping[str, Tensor] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        base_only: bool = False,
+    ) -> dict[str, Tensor]:
+        """The snapshot of `step`: name -> tensor, names sorted; views of one flat tensor.
+
+        tensors: names, or what names begin with; only the blocks that hold them are decoded. out is filled: a flat
+        tensor of all that is read, or a tensor by name. Without it: on `device`, as `dtype` (default: the CPU, as they
+        are stored). base_only: approximate, from fewer bytes.
+        """
+        self.check_step(step)
+        names = self._select(tensors)
+        sizes = [self.schema.slices[name].stop - self.schema.slices[name].start for name in names]
+        if isinstance(out, Tensor) and (device is not None or dtype is not None or list(out.shape) != [sum(sizes)]):
+            raise InputError(f"out of shape {list(out.shape)}: must be [{sum(sizes)}], without device and dtype")
+        flat = to_flat(self._words(step, names, out, base_only), self.schema)
+        if isinstance(out, Tensor):
+            flat = out if flat.data_ptr() == out.data_ptr() else out.copy_(flat)
+        elif device is not None or dtype is not None:
+            flat = flat.to(device=device, dtype=dtype)
+        pieces = flat.split(sizes)
+        made = {name: piece.view(self.shapes[name]) for name, piece in zip(names, pieces, strict=True)}
+        if isinstance(out, Mapping):
+            return {name: out[name].copy_(t) for name, t in made.items()}
+        return made
+
+    def read_flat(self, step: int) -> Words:
+        """The snapshot as words [P] uint32: float32 bits, bfloat16 widened; tensors in the order of their names."""
+        self.check_step(step)
+        return self._words(step, list(self.shapes), None, False)
+
+    def read_pair(self, t: int, t_end: int) -> Pair:
+        """The snapshots of a matching segment: its start and its target."""
+        self.check_step(t)
+        self.check_step(t_end)
+        return self.read(t), self.read(t_end)
+
+    def prefetch(self, pairs: Iterable[tuple[int, int]], depth: int = 2) -> Prefetch[tuple[int, int], Pair]:
+        """Iterates over read_pair of each pair, read in a thread that is at most `depth` pairs ahead."""
+        return Prefetch(lambda pair: self.read_pair(*pair), pairs, depth)
+
+    def verify(self) -> None:
+        """Decode every frame. Raises InputError for the first snapshot whose bytes are damaged."""
+        decoder = Decoder(self.index, self.schema, FrameCache(self.decoder.cache.limit), self.decoder.threads)
+        for step in self.steps:
+            decoder.check_record(step)
+            decoder.words(step)
+
+    def _select(self, tensors: Sequence[str] | None) -> list[str]:
+        """Names, sorted, each once."""
+        if tensors is None:
+            return list(self.shapes)
+        chosen: set[str] = set()
+        for wanted in tensors:
+            found = {wanted} & self.shapes.keys() or {name for name in self.shapes if name.startswith(wanted)}
+            if not found:
+                raise InputError(f"{self.path}: no tensor is {wanted!r} or begins with it")
+            chosen |= found
+        return sorted(chosen)
+
+    def _words(self, step: int, names: list[str], out: Tensor | Mapping[str, Tensor] | None, base_only: bool) -> Words:
+        """The words of those tensors, in memory of their own or, where it fits, that of `out`."""
+        if len(names) == len(self.shapes):
+            direct = isinstance(out, Tensor) and out.device.type == "cpu" and out.dtype == torch.float32
+            if direct and isinstance(out, Tensor) and out.is_contiguous() and not self.schema.zero_bits:
+                words = out.detach().view(torch.int32).numpy().view(np.uint32)
+            else:
+                words = np.empty(self.schema.count, np.uint32)
+            return self._whole(step, words, base_only)
+        pieces: dict[str, Words] = {}
+        for blocks, held in runs_of_blocks({name: self.schema.slices[name] for name in names}):
+            decoded, first = self.decoder.decode(step, blocks, base_only=base_only), blocks.start * BLOCK
+            for name in held:
+                place = self.schema.slices[name]
+                pieces[name] = decoded[place.start - first : place.stop - first]
+        return np.concatenate([np.empty(0, np.uint32), *(pieces[name] for name in names)])
+
+    def _whole(self, step: int, words: Words, base_only: bool) -> Words:
+        """All words of the snapshot, in `words`. Keys are kept in the cache; other snapshots if others need them."""
+        decoder = self.decoder
+        is_key = not self.index.frames[step].record.references
+        if base_only or (not is_key and decoder.cache.get(step) is None):
+            return decoder.decode(step, decoder.all, words, base_only=base_only)
+        words[:] = decoder.words(step)
+        return words
+
+
+def runs_of_blocks(places: Mapping[str, slice]) -> Iterator[tuple[range, list[str]]]:
+    """The blocks that hold the tensors, as few ranges, and which tensors lie in each. places rise."""
+    begin = end = 0
+    held: list[str] = []
+    for name, place in places.items():
+        first, last = place.start // BLOCK, -(-place.stop // BLOCK)
+        if held and first > end:
+            yield range(begin, end), held
+            held = []
+        begin, end = (first, last) if not held else (begin, max(end, last))
+        held.append(name)
+    if held:
+        yield range(begin, end), held
+
+
+def open_files(path: Path) -> tuple[list[FileIO], Index]:
+    """The files and their index. A writer may seal a group meanwhile: then the open file is another one afterwards."""
+    for attempt in range(ATTEMPTS):
+        files: list[FileIO] = []
+        try:
+            with suppress(FileNotFoundError):
+                files.append(FileIO(open_name(path)))
+            open_file = files[0] if files else None
+            files.append(FileIO(path))
+            index = read_index(files[-1], open_file, path)
+            if is_at(open_name(path), open_file):
+                return files, index
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        except InputError:
+            if attempt > 1 and is_at(open_name(path), open_file):
+                raise
+        for file in files:
+            file.close()
+    raise InputError(f"{path}: a writer changes it faster than it can be opened")
+
+
+def is_at(path: Path, file: FileIO | None) -> bool:
+    """Whether `path` names the open file still, or nothing where it is None."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return file is None
+    return file is not None and os.path.samestat(found, os.fstat(file.fileno()))

@@ -1,0 +1,200 @@
+"""The records that a trajectory file is made of: their bytes, and the scan that finds them.
+
+csrc/FORMAT.md, "File", describes them; csrc/records.cpp holds the same scan. A record is on the disk before the next
+one is begun, so only the end of a file can be torn: there a scan stops and says so. Anything else is damage.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import native
+from ..codec import crc32c
+from ..errors import InputError
+
+MAGIC, VERSION = int.from_bytes(b"NREC", "little"), 1
+SCHEMA, FRAME, SEAL = 1, 2, 3
+NO_STEP = 2**64 - 1
+MAX_PAYLOAD_BYTES, MAX_STEP = 2**44, 2**62
+COMMIT = 0x74696D6D6F63A55A  # mixed into the commit word, so that it is not zero
+COMMIT_BYTES, PAGE = 8, 4096
+
+HEADER = struct.Struct("<IHBBQQQQQQII")
+FIELDS = struct.Struct("<IHBBQQQQQQI")  # those that the header's checksum covers
+
+Bytes = NDArray[np.uint8]
+
+TORN = "a record that was not written to its end"
+UNREADABLE = "bytes that cannot be read"
+
+
+@dataclass(frozen=True)
+class Record:
+    offset: int  # of its header in the file
+    kind: int
+    step: int
+    references: tuple[int, ...]  # steps, none but in frames
+    frame_bytes: int  # of the payload, which the frame begins
+    payload_bytes: int
+    payload_crc: int
+    header_crc: int
+
+    @property
+    def payload(self) -> int:
+        """Where in the file the payload begins."""
+        return self.offset + HEADER.size
+
+    @property
+    def end(self) -> int:
+        return self.offset + record_bytes(self.payload_bytes)
+
+
+def record_bytes(payload_bytes: int) -> int:
+    return HEADER.size + (payload_bytes + 7) // 8 * 8 + COMMIT_BYTES
+
+
+def pack(
+    kind: int, offset: int, payload: Sequence[Bytes], *, step: int = 0, references: Sequence[int] = ()
+) -> tuple[Record, list[bytes | Bytes]]:
+    """A record at `offset`, and its bytes in pieces, to be written one behind the other; the payload is not copied.
+
+    The first piece of a frame's payload is the frame.
+    """
+    payload_bytes, payload_crc = sum(len(piece) for piece in payload), 0
+    for piece in payload:
+        payload_crc = crc32c(piece, payload_crc)
+    frame_bytes = len(payload[0]) if kind == FRAME else 0
+    ref_a, ref_b = (*references, NO_STEP, NO_STEP)[:2]
+    fields = FIELDS.pack(MAGIC, VERSION, kind, 0, offset, payload_bytes, frame_bytes, step, ref_a, ref_b, payload_crc)
+    header_crc = crc32c(np.frombuffer(fields, np.uint8))
+    tail = bytes(-payload_bytes % 8) + struct.pack("<Q", (payload_crc << 32 | header_crc) ^ COMMIT)
+    record = Record(offset, kind, step, tuple(references), frame_bytes, payload_bytes, payload_crc, header_crc)
+    return record, [fields + struct.pack("<I", header_crc), *payload, tail]
+
+
+def scan(descriptor: int, path: Path) -> list[Record]:
+    """The whole records of the open file. Raises InputError, naming `path` and the place, where bytes are damaged."""
+    file_bytes = os.fstat(descriptor).st_size
+    module = None if os.environ.get("NACD_CODEC") == "reference" else native.load()
+    if module is None:
+        records, end, error = scan_reference(descriptor, file_bytes)
+    else:
+        found, end, status, sentence = module.scan(descriptor, file_bytes)
+        records, error = [to_record(*fields) for fields in found], sentence if status else ""
+    if error not in ("", TORN):
+        raise InputError(f"{path}: damaged at byte {end}: {error}")
+    return records
+
+
+def to_record(
+    offset: int,
+    kind: int,
+    step: int,
+    ref_a: int,
+    ref_b: int,
+    frame_bytes: int,
+    payload_bytes: int,
+    payload_crc: int,
+    header_crc: int,
+) -> Record:
+    references = tuple(step for step in (ref_a, ref_b) if step != NO_STEP)
+    return Record(offset, kind, step, references, frame_bytes, payload_bytes, payload_crc, header_crc)
+
+
+# The scan in Python: the reference for the native one, and what runs where that was not built.
+
+
+class Damage(Exception):
+    """Why no record can be read; the message is the native scan's sentence."""
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    pieces = b""
+    while len(pieces) < size:
+        piece = os.pread(descriptor, size - len(pieces), offset + len(pieces))
+        if not piece:
+            raise Damage(UNREADABLE)
+        pieces += piece
+    return pieces
+
+
+def has_hole(descriptor: int, begin: int, end: int) -> bool:
+    """Whether a page's part of [begin, end) is all zeros: a page that the file system never wrote."""
+    while begin < end:
+        size = min(end - begin, PAGE - begin % PAGE)
+        if not any(read_at(descriptor, begin, size)):
+            return True
+        begin += size
+    return False
+
+
+def check_header(header: bytes, offset: int) -> Record:
+    magic, version, kind, reserved, place, payload_bytes, frame_bytes, step, ref_a, ref_b, payload_crc, header_crc = (
+        HEADER.unpack(header)
+    )
+    if magic != MAGIC:
+        raise Damage("not a record")
+    if version != VERSION:
+        raise Damage("a record of a version that this build does not read")
+    if crc32c(np.frombuffer(header, np.uint8)[: FIELDS.size]) != header_crc:
+        raise Damage("a record's header that changed since it was written")
+    ok = kind in (SCHEMA, FRAME, SEAL) and reserved == 0 and place == offset and step <= MAX_STEP
+    ok = ok and frame_bytes <= payload_bytes <= MAX_PAYLOAD_BYTES
+    ok = ok and (kind == FRAME or (frame_bytes == 0 and ref_a == NO_STEP))
+    if not ok or (ref_a == NO_STEP and ref_b != NO_STEP):
+        raise Damage("a record's field outside its limits")
+    return to_record(offset, kind, step, ref_a, ref_b, frame_bytes, payload_bytes, payload_crc, header_crc)
+
+
+def read_record(descriptor: int, offset: int, file_bytes: int) -> Record:
+    left = file_bytes - offset
+    header = read_at(descriptor, offset, min(left, HEADER.size))
+    if left < HEADER.size:
+        begun = MAGIC.to_bytes(4, "little").startswith(header[:4])
+        raise Damage(TORN if begun or has_hole(descriptor, offset, file_bytes) else "not a record")
+    try:
+        record = check_header(header, offset)
+    except Damage:
+        if has_hole(descriptor, offset, offset + HEADER.size):
+            raise Damage(TORN) from None
+        raise
+    if record.end > file_bytes:
+        raise Damage(TORN)
+    (commit,) = struct.unpack("<Q", read_at(descriptor, record.end - COMMIT_BYTES, COMMIT_BYTES))
+    if commit != (record.payload_crc << 32 | record.header_crc) ^ COMMIT:
+        torn = has_hole(descriptor, offset, record.end)
+        raise Damage(TORN if torn else "a commit word that is not its record's")
+    return record
+
+
+def check_payload(descriptor: int, record: Record) -> None:
+    """Raises Damage unless payload and padding are those that were written."""
+    data = read_at(descriptor, record.payload, record.end - COMMIT_BYTES - record.payload)
+    payload = np.frombuffer(data, np.uint8)[: record.payload_bytes]
+    if crc32c(payload) != record.payload_crc or any(data[record.payload_bytes :]):
+        torn = has_hole(descriptor, record.offset, record.end)
+        raise Damage(TORN if torn else "a record's payload that changed since it was written")
+
+
+def scan_reference(descriptor: int, file_bytes: int) -> tuple[list[Record], int, str]:
+    """The whole records, the end of the last one, and why the scan stopped there: "" at the end of the file."""
+    records: list[Record] = []
+    end, why = 0, ""
+    while end < file_bytes:
+        try:
+            records.append(read_record(descriptor, end, file_bytes))
+        except Damage as damage:
+            why = str(damage)
+            break
+        end = records[-1].end
+    try:
+        if records:
+            check_payload(descriptor, records[-1])
+    except Damage as damage:
+        return records[:-1], records[-1].offset, str(damage)
+    return records, end, why
