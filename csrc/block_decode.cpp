@@ -387,6 +387,7 @@ Status decode_block(const DecodeFrame& frame, const BlockView& block, size_t fir
     for (size_t s0 = 0; s0 < block.streams; s0 += kGroup) {
         const size_t streams = std::min(kGroup, block.streams - s0);
         SymbolReader readers[kGroup];
+        uint64_t ends[kGroup];
         for (size_t k = 0; k < streams; ++k) {
             size_t count = 0;
             const size_t last = std::min((s0 + k + 1) * kStreamTiles, block.tiles);
@@ -397,10 +398,12 @@ Status decode_block(const DecodeFrame& frame, const BlockView& block, size_t fir
             uint16_t size;
             std::memcpy(&size, block.stream_sizes + 2 * (s0 + k), sizeof size);
             stream += size;
+            ends[k] = 8 * stream;
         }
         decode_symbols(block.symbols, readers, streams);
 
         for (size_t k = 0; k < streams; ++k) {
+            if (readers[k].position > ends[k] + kLookups * kCodeBits) return Status::bad_stream;  // more than it looks ahead
             const int8_t* next = symbols + k * kStreamStride;
             const size_t last = std::min((s0 + k + 1) * kStreamTiles, block.tiles);
             for (size_t t = (s0 + k) * kStreamTiles; t < last; ++t) {
