@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 from peft import PeftModel
-from timing import Rows, arguments, interleaved, median_ratio, quantiles
+from timing import Rows, interleaved, median_ratio, quantiles
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -104,7 +104,7 @@ def peak_of(mode: str, steps: int, quick: bool, device: torch.device) -> int:
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = parser(__doc__).parse_args()
     torch.set_num_threads(1)
     device = torch.device(args.device)
     rows = Rows("bench_unroll", device)

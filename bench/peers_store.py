@@ -217,9 +217,15 @@ def measure(
     tensors: dict[str, Tensor],
     decode_rounds: int = DECODE_ROUNDS,
     encode_rounds: int = ENCODE_ROUNDS,
+    *,
+    keep: bool = True,
 ) -> dict[str, Figures]:
-    """Ratio and times of every contestant. Ends the program if one does not give `tensors` back bit for bit."""
-    keep_memory()
+    """Ratio and times of every contestant. Ends the program if one does not give `tensors` back bit for bit.
+
+    keep: with keep_memory, which stays in force.
+    """
+    if keep:
+        keep_memory()
     exact = flat_bits(tensors)
     encode = cpu_seconds({name: peer.encode for name, peer in contestants.items()}, encode_rounds)
     blobs = {name: peer.encode() for name, peer in contestants.items()}  # only now: one that changes its input shows

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "safetensors", "zipnn", "pcodec", "zstandard")
 FIELDS = ("bench", "case", "metric", "value", "unit", "peer", "threads", "device", "versions", "commit")
 
 
@@ -126,10 +126,10 @@ def median_ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """--json FILE, --quick, --device: the same for every bench."""
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """--json FILE, --quick, --device: the same for every bench, which may add its own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file for the rows")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    return parser.parse_args()
+    return parser
