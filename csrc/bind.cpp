@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "codec.h"
+#include "codec_cuda.h"
 #include "records.h"
 
 namespace nb = nanobind;
@@ -59,6 +60,7 @@ std::tuple<OwnedBytes, float, uint64_t, double> encode(const Words& words, const
     if (predictor < 0 || predictor > 2) throw nb::value_error("predictor must be 0, 1 or 2");
     if (zero_bits != 0 && zero_bits != 16) throw nb::value_error("zero_bits must be 0 or 16");
     std::vector<nacd::StepRequest> requests;
+    requests.reserve(runs.size());
     for (const auto& [first_tile, step, tolerance] : runs) requests.push_back({first_tile, step, tolerance});
     nacd::EncodeOptions options;
     options.predictor = static_cast<nacd::Predictor>(predictor);
@@ -123,16 +125,22 @@ struct Payload {
     }
 };
 
-void decode(const Bytes& head, const Bytes& payload, uint64_t payload_bytes, uint64_t first, uint64_t blocks,
-            const MaybeWords& a, const MaybeWords& b, const MutableWords& out, int threads, bool verify, bool base_only,
-            const std::string& isa) {
-    const nacd::FrameInfo info = head_of(head);
+// How many words the blocks have; an error where `out` has another number.
+size_t words_in(const nacd::FrameInfo& info, uint64_t first, uint64_t blocks, const MutableWords& out) {
     if (first > info.header.blocks || blocks > info.header.blocks - first)
         throw nb::value_error("blocks outside the frame");
     const uint64_t begin = first * nacd::kBlock, end = std::min<uint64_t>(info.header.count, (first + blocks) * nacd::kBlock);
     const size_t count = blocks == 0 ? 0 : end - begin;
     if (out.size() != count)
         throw nb::value_error(("out has " + std::to_string(out.size()) + " words, must have " + std::to_string(count)).c_str());
+    return count;
+}
+
+void decode(const Bytes& head, const Bytes& payload, uint64_t payload_bytes, uint64_t first, uint64_t blocks,
+            const MaybeWords& a, const MaybeWords& b, const MutableWords& out, int threads, bool verify, bool base_only,
+            const std::string& isa) {
+    const nacd::FrameInfo info = head_of(head);
+    const size_t count = words_in(info, first, blocks, out);
     const uint32_t *pa = reference(a, count, "a"), *pb = reference(b, count, "b");
     const nacd::DecodeOptions options{threads, verify, base_only, find_kernels(isa)};
     const Payload padded(payload, payload_bytes);
@@ -140,6 +148,22 @@ void decode(const Bytes& head, const Bytes& payload, uint64_t payload_bytes, uin
     {
         const nb::gil_scoped_release released;
         status = nacd::decode(head.data(), info, padded.data, payload_bytes, first, blocks, pa, pb, out.data(), options);
+    }
+    check(status);
+}
+
+// As decode, by the GPU's functions on the host: for tests.
+void decode_emulated(const Bytes& head, const Bytes& payload, uint64_t payload_bytes, uint64_t first, uint64_t blocks,
+                     const MaybeWords& a, const MaybeWords& b, const MutableWords& out, bool base_only) {
+    const nacd::FrameInfo info = head_of(head);
+    const size_t count = words_in(info, first, blocks, out);
+    const uint32_t *pa = reference(a, count, "a"), *pb = reference(b, count, "b");
+    if (payload_bytes > payload.size()) check(nacd::Status::truncated);
+    nacd::Status status;
+    {
+        const nb::gil_scoped_release released;
+        status = nacd::gpu::decode_emulated(head.data(), info, payload.data(), payload_bytes, first, blocks, pa, pb,
+                                            out.data(), base_only);
     }
     check(status);
 }
@@ -212,6 +236,9 @@ NB_MODULE(_codec, m) {
     m.def("decode", &decode, nb::arg("head"), nb::arg("payload"), nb::arg("payload_bytes"), nb::arg("first"),
           nb::arg("blocks"), nb::arg("a").none(), nb::arg("b").none(), nb::arg("out"), nb::arg("threads"),
           nb::arg("verify"), nb::arg("base_only"), nb::arg("isa"));
+    m.def("decode_emulated", &decode_emulated, nb::arg("head"), nb::arg("payload"), nb::arg("payload_bytes"),
+          nb::arg("first"), nb::arg("blocks"), nb::arg("a").none(), nb::arg("b").none(), nb::arg("out"),
+          nb::arg("base_only"));
     m.def("base_error", &base_error, nb::arg("head"), nb::arg("payload"), nb::arg("payload_bytes"), nb::arg("first"),
           nb::arg("blocks"));
     m.def("crc32c", &crc32c, nb::arg("data"), nb::arg("crc") = 0);

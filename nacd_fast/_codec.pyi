@@ -38,6 +38,17 @@ def decode(
     base_only: bool,
     isa: str,
 ) -> None: ...
+def decode_emulated(
+    head: NDArray[uint8],
+    payload: NDArray[uint8],
+    payload_bytes: int,
+    first: int,
+    blocks: int,
+    a: NDArray[uint32] | None,
+    b: NDArray[uint32] | None,
+    out: NDArray[uint32],
+    base_only: bool,
+) -> None: ...
 def base_error(head: NDArray[uint8], payload: NDArray[uint8], payload_bytes: int, first: int, blocks: int) -> float: ...
 def crc32c(data: NDArray[uint8], crc: int = 0) -> int: ...
 def scan(
