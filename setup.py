@@ -1,7 +1,8 @@
 """What is installed, and the native module.
 
 Packages are named one by one: only nacd_fast and nacd_kernels are installed, never `kernels`, `tests` or `bench`.
-CMake builds nacd_fast/_codec; where that fails, the build says so and goes on without it. NACD_NATIVE=0 leaves it out.
+CMake builds nacd_fast/_codec and, where there is an nvcc, nacd_fast/_codec_cuda; where that fails, the build says so
+and goes on without it. NACD_NATIVE=0 leaves both out, NACD_CUDA=0 the second.
 """
 
 import os
@@ -15,6 +16,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+WITHOUT = {
+    "nacd_fast._codec": "nacd_fast works without it, on its Python reference",
+    "nacd_fast._codec_cuda": "nacd_fast works without it, frames are decoded on the CPU",
+}
 PACKAGES = ["nacd_fast", "nacd_fast.selection", "nacd_fast.store", "nacd_kernels"]
 PACKAGE_DIR = {"nacd_kernels": "kernels/nacd_kernels"}
 PACKAGE_DATA = {"nacd_fast": ["py.typed", "*.pyi", "demo/**/*", "recipes/*.yaml", "templates/*"]}
@@ -33,20 +38,23 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         try:
-            build_native(Path(self.build_temp).resolve(), target)
+            build_native(Path(self.build_temp).resolve(), target, ext.name.rpartition(".")[2])
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             print(
-                f"WARNING: {ext.name} is not built ({error}); nacd_fast works without it, on its Python reference",
+                f"WARNING: {ext.name} is not built ({error}); {WITHOUT[ext.name]}",
                 file=sys.stderr,
                 flush=True,
             )
 
 
-def build_native(build: Path, target: Path) -> None:
+def build_native(build: Path, target: Path, module: str) -> None:
     """Run CMake in `build`; the module lands in `target`. Raises where a tool is missing or fails."""
     import nanobind
 
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+    if module == "_codec_cuda" and shutil.which(os.environ.get("CUDACXX", "nvcc"), path=path) is None:
+        print(f"{module} is left out: there is no nvcc", file=sys.stderr, flush=True)
+        return
     cmake = shutil.which("cmake", path=path)
     if cmake is None:
         raise FileNotFoundError("cmake: command not found")
@@ -67,17 +75,21 @@ def build_native(build: Path, target: Path) -> None:
             f"-DNACD_MODULE_DIR={target}",
         ],
         check=True,
+        env={**os.environ, "PATH": path},
     )
-    subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+    jobs = str(os.cpu_count() or 1)
+    subprocess.run([cmake, "--build", str(build), "--target", module, "--parallel", jobs], check=True)
 
 
 if __name__ == "__main__":
-    native = os.environ.get("NACD_NATIVE", "1") != "0"
+    modules = list(WITHOUT) if os.environ.get("NACD_NATIVE", "1") != "0" else []
+    if os.environ.get("NACD_CUDA", "1") == "0":
+        modules = modules[:1]
     setup(
         packages=PACKAGES,
         package_dir=PACKAGE_DIR,
         package_data=PACKAGE_DATA,
         include_package_data=False,
-        ext_modules=[CMakeExtension("nacd_fast._codec")] if native else [],
+        ext_modules=[CMakeExtension(name) for name in modules],
         cmdclass={"build_ext": CMakeBuild},
     )

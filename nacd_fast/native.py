@@ -1,4 +1,4 @@
-"""The native module `_codec`, where it was built: the one place that imports it."""
+"""The native modules, `_codec` and `_codec_cuda`, where they were built: the one place that imports them."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -6,16 +6,15 @@ from types import ModuleType
 
 from . import __version__
 
-NAME = f"{__package__}._codec"
 
-
-def load() -> ModuleType | None:
+def load(module_name: str = "_codec") -> ModuleType | None:
     """The native module, or None where it was not built. One that was built for another version is an error."""
-    if find_spec(NAME) is None:
+    name = f"{__package__}.{module_name}"
+    if find_spec(name) is None:
         return None
-    module = import_module(NAME)
+    module = import_module(name)
     if module.version() != __version__:
-        raise ImportError(f"{NAME} is version {module.version()}, must be {__version__}; run `make build`")
+        raise ImportError(f"{name} is version {module.version()}, must be {__version__}; run `make build`")
     return module
 
 

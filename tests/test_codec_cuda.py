@@ -1,16 +1,27 @@
-"""What a GPU decodes with, run on the host, against the CPU's decoder."""
+"""Decoding on a GPU: its functions run on the host against the CPU's decoder, its build, and, on a GPU, itself."""
 
+import ctypes
+import os
+import re
+import runpy
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
-from nacd_fast import codec, native
+from nacd_fast import codec, codec_cuda, native
 from nacd_fast.codec import BLOCK, TILE, Bytes, CodecError, Words
 
+ROOT = Path(__file__).resolve().parents[1]
 CORE = native.load()
+SOURCE = ROOT / "csrc" / "codec_cuda.cu"
 COUNT = 2 * BLOCK + 777
 CRC_AT = 44  # of the head's checksum
 
@@ -198,3 +209,260 @@ def test_changed_bytes_are_refused() -> None:
     frame[-1] ^= 1
     with pytest.raises(CodecError, match="a checksum that does not fit its bytes"):
         emulated(frame, others)
+
+
+# The build
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_kernel_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]))
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    options = ["-std=c++20", "-O3", "--fmad=false", "-Xptxas", "-v", "-gencode", target, "-cubin"]
+    keep = ["--keep", "--keep-dir", str(tmp_path), "-o", str(tmp_path / "out.cubin")]
+    done = subprocess.run([nvcc, *options, *keep, str(SOURCE)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    assert re.findall(r"(\d+) bytes spill", done.stderr) == ["0", "0"], done.stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(registers) == 1 and 3 * 256 * registers[0] <= 65536, done.stderr  # three thread blocks of 256
+    ptx = (tmp_path / "codec_cuda.ptx").read_text()
+    assert not re.findall(r"\b(?:fma|mad)\S*\.f32|\.ftz|\.approx", ptx), "arithmetic that is not the CPU's"
+
+
+def test_build_leaves_the_module_out_without_nvcc(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDACXX", "/nonexistent/nvcc")
+    runpy.run_path(str(ROOT / "setup.py"))["build_native"](tmp_path, tmp_path, "_codec_cuda")
+    assert "_codec_cuda is left out: there is no nvcc" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# The Python side, with a GPU's part played by the host
+
+
+class FakeGpu:
+    """As nacd_fast._codec_cuda; launch runs the emulation on the addresses it is given."""
+
+    SLACK = 8
+    MARK = 16
+
+    def __init__(self) -> None:
+        assert CORE is not None
+        self.core = CORE
+        self.head: Bytes = np.zeros(0, np.uint8)
+
+    def version(self) -> str:
+        return self.core.version()
+
+    def unusable(self) -> str | None:
+        return "a driver that is too old"
+
+    def describe(self, status: int) -> str:
+        return f"status {status}"
+
+    def plan(self, head: Bytes, first: int, blocks: int) -> tuple[NDArray[np.uint8], int, int, int]:
+        self.head, self.first = head.copy(), first
+        return np.full(self.MARK, 77, np.uint8), *self.core.block_range(head, first, blocks), 1234
+
+    def check_payload(self, head: Bytes, payload: Bytes, first: int, blocks: int) -> None:
+        if len(payload) > 0 and payload[-1] == 0xEE:
+            raise ValueError("a checksum that does not fit its bytes")
+
+    def launch(
+        self,
+        plan: int,
+        payload: int,
+        a: int,
+        b: int,
+        dst: int,
+        base_only: bool,
+        blocks: int,
+        shared_bytes: int,
+        status: int,
+        stream: int,
+    ) -> None:
+        def at(address: int, count: int, dtype: type = np.uint32) -> NDArray | None:
+            size = count * np.dtype(dtype).itemsize
+            memory = (ctypes.c_uint8 * size).from_address(address) if address else None
+            return None if memory is None else np.ctypeslib.as_array(memory).view(dtype)
+
+        if blocks == 0:
+            return
+        assert shared_bytes == 1234 and payload == plan + self.MARK
+        begin, end = self.core.block_range(self.head, self.first, blocks)
+        info = codec.read_info(self.head)
+        count = len(info.weights(range(self.first, self.first + blocks)))
+        try:
+            self.core.decode_emulated(
+                self.head,
+                at(payload, end - begin, np.uint8),
+                end - begin,
+                self.first,
+                blocks,
+                at(a, count),
+                at(b, count),
+                at(dst, count),
+                base_only,
+            )
+        except ValueError:
+            ctypes.c_int32.from_address(status).value = 10
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    if CORE is None:
+        pytest.skip("the native module was not built")
+    gpu = FakeGpu()
+    monkeypatch.setattr(native, "load", lambda name="_codec": gpu if name == "_codec_cuda" else CORE)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    return gpu
+
+
+CPU = torch.device("cpu")
+
+
+def tensors(words: list[Words]) -> list[torch.Tensor]:
+    return [torch.from_numpy(x.view(np.int32)) for x in words]
+
+
+def test_a_frame_is_uploaded_and_decoded(fake: FakeGpu) -> None:
+    frame, others = encoded(COUNT, 2)
+    for blocks, base_only in ((None, False), (range(1, 3), False), (range(1), True), (range(1, 1), False)):
+        at = slice(None) if blocks is None else slice(blocks.start * BLOCK, blocks.stop * BLOCK)
+        uploaded = codec_cuda.upload(frame, CPU, blocks=blocks)
+        part = [x[at] for x in others]
+        out = torch.empty(uploaded.count, dtype=torch.int32)
+        assert codec_cuda.decode_cuda(uploaded, tensors(part), out=out, base_only=base_only) is out
+        want = codec.decode(frame, part, blocks=blocks, base_only=base_only)
+        np.testing.assert_array_equal(out.numpy().view(np.uint32), want)
+
+
+def test_malformed_frames_are_codec_errors(fake: FakeGpu) -> None:
+    frame, others = encoded(1000, 1)
+    with pytest.raises(CodecError, match="fewer bytes than its header says"):
+        codec_cuda.upload(frame[:-1], CPU)
+    with pytest.raises(CodecError, match="not a frame"):
+        codec_cuda.upload(frame[1:], CPU)
+    bad = frame.copy()
+    bad[-1] = 0xEE
+    with pytest.raises(CodecError, match="a checksum"):
+        codec_cuda.upload(bad, CPU)
+    bad[-1] = frame[-1] ^ 1  # passes the fake's check: the GPU's status comes back
+    uploaded = codec_cuda.upload(bad, CPU)
+    with pytest.raises(CodecError, match="status 10"):
+        codec_cuda.decode_cuda(uploaded, tensors(others))
+    status = codec_cuda.new_status(CPU)
+    codec_cuda.decode_cuda(uploaded, tensors(others), status=status)
+    codec_cuda.decode_cuda(codec_cuda.upload(frame, CPU), tensors(others), status=status)
+    with pytest.raises(CodecError, match="status 10"):
+        codec_cuda.check(status)
+
+
+def test_wrong_arguments_say_what_they_must_be(fake: FakeGpu) -> None:
+    frame, others = encoded(1000, 1)
+    uploaded = codec_cuda.upload(frame, CPU)
+    (a,) = tensors(others)
+    with pytest.raises(ValueError, match=r"blocks range\(0, 2\), must be a part of range\(0, 1\)"):
+        codec_cuda.upload(frame, CPU, blocks=range(2))
+    with pytest.raises(ValueError, match=r"0 references, must be 1 \(previous\)"):
+        codec_cuda.decode_cuda(uploaded)
+    with pytest.raises(
+        ValueError, match=r"reference a is torch.float32 \[1000\], must be contiguous torch.int32 \[1000\]"
+    ):
+        codec_cuda.decode_cuda(uploaded, [a.view(torch.float32)])
+    with pytest.raises(ValueError, match=r"out is torch.int32 \[999\]"):
+        codec_cuda.decode_cuda(uploaded, [a], out=torch.empty(999, dtype=torch.int32))
+    with pytest.raises(ValueError, match="reference a is on meta, must be on cpu"):
+        codec_cuda.decode_cuda(uploaded, [torch.empty(1000, dtype=torch.int32, device="meta")])
+    with pytest.raises(ValueError, match="out overlaps a reference"):
+        codec_cuda.decode_cuda(uploaded, [a], out=a)
+
+
+def test_it_says_why_there_is_no_gpu(fake: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert codec_cuda.explain() == "codec on CUDA: on the CPU (torch sees no CUDA device)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not codec_cuda.available() and codec_cuda.missing() == "CUDA: a driver that is too old"
+    monkeypatch.setattr(fake, "unusable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert codec_cuda.missing() == "compute capability 7.5, must be at least 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert codec_cuda.available() and codec_cuda.explain() == "codec on CUDA: on the GPU"
+    monkeypatch.setattr(native, "load", lambda name: None)
+    assert "was not built" in codec_cuda.missing()
+    with pytest.raises(ImportError, match="_codec_cuda was not built"):
+        codec_cuda.upload(np.zeros(100, np.uint8), CPU)
+
+
+# On a GPU
+
+
+def on_gpu(frame: Bytes, references: list[Words], base_only: bool = False) -> Words:
+    device = torch.device("cuda")
+    there = [x.to(device) for x in tensors(references)]
+    words = codec_cuda.decode_cuda(codec_cuda.upload(frame, device), there, base_only=base_only)
+    return words.cpu().numpy().view(np.uint32)
+
+
+@pytest.mark.gpu
+def test_gpu_can_be_used() -> None:
+    assert codec_cuda.missing() == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base_only", [False, True])
+@pytest.mark.parametrize(("zero_bits", "bounded"), [(0, False), (16, False), (0, True)])
+@pytest.mark.parametrize("references", [0, 1, 2])
+def test_gpu_words_are_the_cpus(references: int, zero_bits: int, bounded: bool, base_only: bool) -> None:
+    for count in (0, 1, 33, 513, BLOCK, COUNT):
+        frame, others = encoded(count, references, zero_bits, bounded)
+        want = codec.decode(frame, others, base_only=base_only)
+        np.testing.assert_array_equal(on_gpu(frame, others, base_only), want)
+
+
+@pytest.mark.gpu
+def test_gpu_words_of_some_blocks_are_the_cpus() -> None:
+    device = torch.device("cuda")
+    frame, others = encoded(COUNT, 2, bounded=True)
+    part = [x[BLOCK:] for x in others]
+    uploaded = codec_cuda.upload(frame, device, blocks=range(1, 3))
+    out = torch.empty(COUNT - BLOCK + 1, dtype=torch.int32, device=device)[1:]  # aligned to 4 bytes and no more
+    codec_cuda.decode_cuda(uploaded, [x.to(device) for x in tensors(part)], out=out)
+    np.testing.assert_array_equal(out.cpu().numpy().view(np.uint32), codec.decode(frame, part, blocks=range(1, 3)))
+
+
+@pytest.mark.gpu
+def test_gpu_chain_of_many_blocks_with_one_status() -> None:
+    """More blocks than run at once; a frame's words are the next one's reference; the host waits once."""
+    device = torch.device("cuda")
+    words, a, b = snapshots(700 * BLOCK + 5)
+    first, second = codec.encode(a, threads=4).data, codec.encode(words, (a, b), threads=4).data
+    status = codec_cuda.new_status(device)
+    decoded_a = codec_cuda.decode_cuda(codec_cuda.upload(first, device), status=status)
+    references = [decoded_a, *(x.to(device) for x in tensors([b]))]
+    got = codec_cuda.decode_cuda(codec_cuda.upload(second, device), references, status=status)
+    codec_cuda.check(status)
+    np.testing.assert_array_equal(got.cpu().numpy().view(np.uint32), words)
+
+
+@pytest.mark.gpu
+@needs_core
+def test_gpu_refuses_what_the_host_refuses() -> None:
+    good, others = encoded(BLOCK + 2500, 2, bounded=True)
+    g = np.random.default_rng(0)
+    for round_ in range(100):
+        frame = good.copy()
+        blocks = payloads(frame)
+        place = g.integers(12 + 2 * 128 if round_ % 2 else len(blocks[0]), size=3)
+        blocks[0][place] ^= g.integers(1, 256, size=3, dtype=np.uint8)
+        seal(frame, blocks)
+        error, words = outcome(emulated, frame, others)
+        gpu_error, gpu_words = outcome(on_gpu, frame, others)
+        assert bool(gpu_error) == bool(error), (error, gpu_error)
+        if words is not None:
+            np.testing.assert_array_equal(gpu_words, words)
