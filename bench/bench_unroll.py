@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 from peft import PeftModel
-from timing import Rows, interleaved, median_ratio, quantiles
+from timing import Rows, interleaved, median_ratio, parser, quantiles
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
