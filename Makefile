@@ -14,7 +14,7 @@ NATIVE := build/.native-stamp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env build demo test lint bench gpu-check clean
+.PHONY: help env build demo test lint sanitize fuzz bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -41,14 +41,26 @@ demo: build  ## the whole job on the embedded model and data: runs/demo/report.h
 	@echo "== demo: runs/demo"
 	HF_HUB_OFFLINE=1 $(PY) -m nacd_fast.distill --config nacd_fast/recipes/demo.yaml
 
-lint: build  ## ruff and mypy over the whole tree
-	@echo "== lint: ruff, mypy"
+lint: build  ## ruff and mypy over the whole tree, clang-tidy over csrc/
+	@echo "== lint: ruff, mypy, clang-tidy"
 	$(PY) -m ruff check --output-format concise .
 	$(PY) -m ruff format --check --output-format concise .
 	$(PY) -m mypy
+	@PYTHON=$(PY) JOBS=$(JOBS) sh tools/clang_tidy.sh
+
+sanitize: $(ENV)  ## replay the fuzz corpus on the native core with AddressSanitizer and UBSan
+	@echo "== sanitize: csrc/fuzz/corpus"
+	@PYTHON=$(PY) sh csrc/fuzz/replay.sh
+
+# Needs clang with libFuzzer, as CXX: make fuzz TARGET=scan SECONDS=60 CXX=clang++-14
+TARGET ?= decode
+SECONDS ?= 600
+fuzz: $(ENV)  ## fuzz one TARGET (decode, encode, scan) for SECONDS; what it finds stays in build/fuzz/
+	@echo "== fuzz: $(TARGET), $(SECONDS) s"
+	@PYTHON=$(PY) CXX=$(if $(filter default,$(origin CXX)),clang++,$(CXX)) sh csrc/fuzz/fuzz.sh $(TARGET) $(SECONDS)
 
 test: export OMP_NUM_THREADS ?= 1
-test: lint  ## ruff, mypy, then the tests with coverage, on JOBS=2 processes
+test: lint sanitize  ## lint, sanitize, then the tests with coverage, on JOBS=2 processes
 	@echo "== tests"
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) --benchmark-disable --durations=10 --cov --cov-report=term-missing:skip-covered
 

@@ -1,0 +1,15 @@
+# clang-tidy over what CMake compiles of csrc/, on JOBS processes: `make lint`. .clang-tidy says which checks.
+# Where no compiler is found it says so and that is all.
+set -eu
+build=build/lint python=${PYTHON:-python3}
+PATH=$(cd "$(dirname "$python")" && pwd):$PATH   # the environment's clang-tidy, cmake and ninja
+mkdir -p "$build"
+if ! cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DNACD_REPLAY=ON \
+    -DPython_EXECUTABLE="$python" -Dnanobind_ROOT="$("$python" -m nanobind --cmake_dir)" > "$build/cmake.log" 2>&1; then
+    cat "$build/cmake.log" >&2
+    if command -v "${CXX:-c++}" > /dev/null; then exit 1; fi
+    echo "WARNING: no C++ compiler: csrc/ is NOT checked by clang-tidy" >&2
+    exit 0
+fi
+sed -n 's|.*"file": "\(.*/csrc/.*\.cpp\)".*|\1|p' "$build/compile_commands.json" | sort -u |
+    xargs -P "${JOBS:-2}" -n 1 clang-tidy -p "$build" --quiet
