@@ -201,9 +201,10 @@ def _check_bytes(array: Any) -> None:
 
 
 def _check_array(name: str, array: Any, dtype: type) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+    good = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == 1
+    if not (good and array.flags.c_contiguous and array.flags.aligned):
         kind = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise ValueError(f"{name} is {kind}, must be a contiguous array of one dimension of {np.dtype(dtype)}")
+        raise ValueError(f"{name} is {kind}, must be a contiguous, aligned array of one dimension of {np.dtype(dtype)}")
 
 
 def _check_runs(runs: Sequence[tuple[int, float, float]], count: int) -> None:

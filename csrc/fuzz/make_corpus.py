@@ -22,9 +22,9 @@ OTHER = 0x10000000  # what fuzz_decode.cpp adds to the seed for reference b
 
 def scramble(x: Words) -> Words:
     x = x * np.uint32(0x9E3779B1)
-    x = x ^ (x >> 15)
+    x = x ^ (x >> np.uint32(15))
     x = x * np.uint32(0x85EBCA77)
-    return x ^ (x >> 13)
+    return x ^ (x >> np.uint32(13))
 
 
 def made_up_weights(seed: int, count: int) -> Words:
