@@ -37,6 +37,10 @@ class _Frame:
     def offset(self, block: int) -> int:
         return self.head_bytes + int(self.directory["bytes"][:block].sum(dtype=np.int64))
 
+    def run_of_tiles(self, block: int, tiles: int) -> Integers:
+        """The run of each of the block's tiles, -1 before the first."""
+        return np.searchsorted(self.runs["first_tile"], np.arange(tiles) + block * (BLOCK // TILE), side="right") - 1
+
     def weights(self, block: int) -> int:
         return min(BLOCK, int(self.header["count"]) - block * BLOCK)
 
@@ -262,6 +266,8 @@ def _read_symbols(parts: list[_Block], symbol_of: NDArray[np.int16], bits_of: In
 def _decode_block(
     frame: _Frame, i: int, part: _Block, residual: Integers, a: Words | None, b: Words | None, base_only: bool
 ) -> Words:
+    if np.any(frame.run_of_tiles(i, len(part.modes))[part.modes >= form.STEP] < 0):
+        raise CodecError("an unknown tile mode")
     zero_bits = int(frame.header["zero_bits"])
     mode = part.per_weight(part.modes).astype(np.int64)
     grid, integer, raw, step = (
@@ -325,10 +331,7 @@ def _zero_cell(part: _Block, exponent: Integers) -> Integers:
 
 def _step_values(frame: _Frame, i: int, part: _Block, step: NDArray[np.bool_], p: Words, added: Integers) -> Words:
     """The multiples of the runs' steps."""
-    tiles = np.arange(len(part.modes)) + i * (BLOCK // TILE)
-    run = np.searchsorted(frame.runs["first_tile"], tiles, side="right") - 1
-    if np.any(run[part.modes >= form.STEP] < 0):
-        raise CodecError("an unknown tile mode")
+    run = frame.run_of_tiles(i, len(part.modes))
     steps = part.per_weight(np.ascontiguousarray(frame.runs["step"])[run])[step]
     multiples = form.multiples(form.widen(p[step]), form.inverse(steps)) + added[step]
     return form.narrow(form.rounded(multiples.astype(np.float64)) * form.widen(steps))

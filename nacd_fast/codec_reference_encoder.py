@@ -287,8 +287,8 @@ def _cost(tiles: _Tiles, there: NDArray[np.bool_]) -> NDArray[np.float64]:
     bits = np.where(tiles.zero, form.ZERO_BITS, tiles.widths) + _EXCEPTION_BITS * tiles.apart
     cost = np.sum(bits, axis=1, where=there, dtype=np.float64)
     if form.has_symbols(tiles.modes[0]):
-        counts = np.bincount(tiles.residuals[there] + 128, minlength=form.SYMBOLS)
-        cost += np.sum(np.log2(np.sum(counts) / np.maximum(counts, 1))[tiles.residuals + 128], axis=1, where=there)
+        counts = 1 + np.bincount(tiles.residuals[there] + 128, minlength=form.SYMBOLS)
+        cost += np.sum(np.log2(np.sum(counts) / counts)[tiles.residuals + 128], axis=1, where=there)
     return np.where((tiles.modes == form.SAME) & np.any(tiles.apart & there, axis=1), np.inf, cost)
 
 
