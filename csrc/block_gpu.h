@@ -1,268 +1,18 @@
 // One block on a GPU: decoded by the warps of one thread block, in phases with a barrier behind each.
 //
-// The ordinary compiler builds the same functions for tests (block_gpu.cpp). So a warp's work is written lane by lane:
-// each(f) calls f(lane), on the GPU once in every lane, on the host for 32 lanes in turn; PerLane holds what a lane
-// keeps between two such calls; lanes exchange values through the functions below and nothing else.
+// The ordinary compiler builds the same functions for tests (block_gpu.cpp, lanes.h).
 //
 // Whatever bytes a block holds, nothing outside its payload (and kGpuSlack bytes), its words and its references is
 // touched: sizes and indices are checked where they are read, bit positions before the first is used.
 #pragma once
 
-#include <algorithm>
-#include <bit>
-#include <cstring>
-#include <memory>
-
 #include "codec.h"
 #include "format.h"
-#include "huffman.h"
+#include "lanes.h"
+#include "launch_gpu.h"
 #include "weight.h"
 
-#ifdef __CUDACC__
-#define NACD_GPU __device__ inline
-#define NACD_UNROLL _Pragma("unroll 4")
-#else
-#define NACD_GPU inline
-#define NACD_UNROLL
-#endif
-
 namespace nacd::gpu {
-
-inline constexpr uint32_t kLanes = 32;
-inline constexpr uint32_t kWarps = 8;  // of a thread block
-static_assert(kBlockStreams == kLanes, "one lane decodes one stream");
-
-// Bits are read in aligned words: a payload may be read this far past its end, and begins at a multiple of 4 bytes.
-inline constexpr size_t kGpuSlack = 8;
-
-// ---- lanes
-
-#ifdef __CUDACC__
-
-template <class T>
-struct PerLane {
-    T value;
-    __device__ T& operator[](uint32_t) { return value; }
-};
-
-template <class F>
-__device__ inline void each(F f) {
-    f(threadIdx.x % kLanes);
-}
-
-__device__ inline uint32_t sum(PerLane<uint32_t>& x) { return __reduce_add_sync(~0u, x.value); }
-
-// Each lane's value becomes the sum of those before it; returns the sum of all.
-__device__ inline uint32_t sums_before(PerLane<uint32_t>& x) {
-    uint32_t upto = x.value;
-    for (uint32_t distance = 1; distance < kLanes; distance *= 2) {
-        const uint32_t other = __shfl_up_sync(~0u, upto, distance);
-        if (threadIdx.x % kLanes >= distance) upto += other;
-    }
-    x.value = upto - x.value;
-    return __shfl_sync(~0u, upto, kLanes - 1);
-}
-
-// A bit for each lane whose value is true.
-__device__ inline uint32_t lanes_where(PerLane<bool>& x) { return __ballot_sync(~0u, x.value); }
-
-// In the last lane of those that have the same value: true.
-__device__ inline PerLane<bool> are_last(PerLane<uint32_t>& x) {
-    return {__match_any_sync(~0u, x.value) >> threadIdx.x % kLanes == 1};
-}
-
-// What a lane stored before, the others' stores behind this follow.
-__device__ inline void in_order() { __syncwarp(); }
-
-__device__ inline uint32_t popcount(uint32_t x) { return static_cast<uint32_t>(__popc(x)); }
-
-__device__ inline uint32_t load_word(const uint8_t* p) { return __ldg(reinterpret_cast<const uint32_t*>(p)); }
-
-__device__ inline void store_word(int8_t* p, uint32_t x) { *reinterpret_cast<uint32_t*>(p) = x; }
-
-__device__ inline float reciprocal(float x) { return __frcp_rn(x); }
-
-#else
-
-template <class T>
-struct PerLane {
-    T values[kLanes];
-    T& operator[](uint32_t lane) { return values[lane]; }
-};
-
-template <class F>
-void each(F f) {
-    for (uint32_t lane = 0; lane < kLanes; ++lane) f(lane);
-}
-
-inline uint32_t sum(PerLane<uint32_t>& x) {
-    uint32_t total = 0;
-    each([&](uint32_t lane) { total += x[lane]; });
-    return total;
-}
-
-inline uint32_t sums_before(PerLane<uint32_t>& x) {
-    uint32_t total = 0;
-    each([&](uint32_t lane) {
-        const uint32_t value = x[lane];
-        x[lane] = total;
-        total += value;
-    });
-    return total;
-}
-
-inline uint32_t lanes_where(PerLane<bool>& x) {
-    uint32_t mask = 0;
-    each([&](uint32_t lane) { mask |= static_cast<uint32_t>(x[lane]) << lane; });
-    return mask;
-}
-
-inline PerLane<bool> are_last(PerLane<uint32_t>& x) {
-    PerLane<bool> last;
-    each([&](uint32_t lane) {
-        last[lane] = std::find(x.values + lane + 1, x.values + kLanes, x[lane]) == x.values + kLanes;
-    });
-    return last;
-}
-
-inline void in_order() {}
-
-inline uint32_t popcount(uint32_t x) { return static_cast<uint32_t>(std::popcount(x)); }
-
-inline uint32_t load_word(const uint8_t* p) {
-    uint32_t x;
-    std::memcpy(&x, std::assume_aligned<4>(p), sizeof x);
-    return x;
-}
-
-inline void store_word(int8_t* p, uint32_t x) { std::memcpy(std::assume_aligned<4>(p), &x, sizeof x); }
-
-inline float reciprocal(float x) { return 1.0f / x; }
-
-#endif
-
-NACD_GPU uint32_t least(uint32_t x, uint32_t y) { return x < y ? x : y; }
-NACD_GPU uint32_t rounded_up(uint32_t x, uint32_t y) { return (x + y - 1) / y; }
-NACD_GPU uint32_t aligned_down(const uint8_t* p) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 3); }
-
-// ---- a launch
-
-// Up to three symbols a lookup: symbols in bytes 0 .. 2, bits taken in the low half of byte 3, their number above it.
-using Entry = uint32_t;
-inline constexpr int kMostSymbols = 3;
-
-struct Place {
-    uint64_t offset;  // in the payload of the launch
-    uint32_t bytes;
-    uint32_t count;   // weights
-};
-
-// What a launch knows of its frame, checked by the host: this, then tables [tables x kTableSize], code lengths
-// [tables x kSymbols], runs [runs], places [blocks].
-struct Plan {
-    uint64_t first;   // block in the frame
-    uint32_t blocks;
-    uint32_t runs;
-    float alpha;
-    uint8_t predictor;
-    uint8_t zero_bits;
-    uint16_t tables;
-};
-static_assert(sizeof(Plan) == 24 && sizeof(Place) == 16);
-
-inline constexpr size_t kTableBytes = kTableSize * sizeof(Entry);
-static_assert(sizeof(Plan) % 8 == 0 && kTableBytes % 8 == 0 && kSymbols % 8 == 0);
-
-NACD_HD constexpr size_t plan_lengths_at(size_t tables) { return sizeof(Plan) + tables * kTableBytes; }
-NACD_HD constexpr size_t plan_runs_at(size_t tables) { return plan_lengths_at(tables) + tables * kSymbols; }
-NACD_HD constexpr size_t plan_places_at(size_t tables, size_t runs) { return plan_runs_at(tables) + runs * sizeof(StepRun); }
-
-// Everything here lies where the code runs. a, b (null where the predictor takes none) and dst begin with the first
-// block's words; dst overlaps neither.
-struct Launch {
-    const uint8_t* plan;     // at a multiple of 8 bytes
-    const uint8_t* payload;  // of the plan's blocks
-    const uint32_t* a;
-    const uint32_t* b;
-    uint32_t* dst;
-    bool base_only;
-};
-
-// One block's share of it.
-struct Block {
-    const uint8_t* payload;
-    uint32_t bytes, count, tiles, streams;
-    uint64_t first_tile;  // in the frame
-    const uint32_t* a;
-    const uint32_t* b;
-    uint32_t* dst;
-    Predictor predictor;
-    int zero_bits;
-    float alpha;
-    bool base_only;
-    const Entry* entries;  // of `tables` tables
-    const uint8_t* lengths;
-    uint32_t tables;
-    const StepRun* runs;
-    uint32_t run_count;
-};
-
-NACD_GPU Block block_of(const Launch& launch, uint64_t i) {
-    const Plan plan = *reinterpret_cast<const Plan*>(launch.plan);
-    const uint8_t* places = launch.plan + plan_places_at(plan.tables, plan.runs);
-    const Place place = reinterpret_cast<const Place*>(places)[i];
-    const uint64_t first = i * kBlock;
-    const uint32_t tiles = rounded_up(place.count, kTile);
-    return {launch.payload + place.offset,
-            place.bytes, place.count, tiles, rounded_up(tiles, kStreamTiles),
-            (plan.first + i) * kBlockTiles,
-            launch.a == nullptr ? nullptr : launch.a + first,
-            launch.b == nullptr ? nullptr : launch.b + first,
-            launch.dst + first,
-            static_cast<Predictor>(plan.predictor), plan.zero_bits, plan.alpha, launch.base_only,
-            reinterpret_cast<const Entry*>(launch.plan + sizeof(Plan)),
-            launch.plan + plan_lengths_at(plan.tables), plan.tables,
-            reinterpret_cast<const StepRun*>(launch.plan + plan_runs_at(plan.tables)), plan.runs};
-}
-
-// Weights in tile t.
-NACD_GPU uint32_t weights_in(const Block& block, uint32_t t) {
-    const auto first = static_cast<uint32_t>(t * kTile);
-    return least(kTile, block.count - first);
-}
-
-// Offsets of a block's sections from its payload, and their sizes.
-struct Sections {
-    uint32_t modes, alphas;
-    uint32_t low, low_bytes;
-    uint32_t zero_fields, zeros;
-    uint32_t exceptions, exception_count;
-    uint32_t stream_tables, stream_sizes, symbols;
-};
-
-// A stream's symbols. Lanes write theirs at about the same pace: an odd number of words keeps them in different banks.
-inline constexpr uint32_t kStreamStride = kStreamTiles * kTile + 4;
-
-// The block in the GPU's shared memory; the frame's tables follow.
-struct Shared {
-    int8_t symbols[kBlockStreams * kStreamStride];  // of tiles that have them, one behind the other in each stream
-    Sections at;
-    uint8_t stream_tables[kBlockStreams];
-    uint32_t stream_begins[kBlockStreams];  // from the payload
-    uint32_t stream_bytes[kBlockStreams];
-    float alphas[kBlockTiles];
-    float steps[kBlockTiles];
-    uint32_t low[kBlockTiles];    // bits of the tile; then, where they begin
-    uint32_t zeros[kBlockTiles];  // zero fields, likewise
-    uint8_t modes[kBlockTiles];
-
-    NACD_GPU Entry* entries() { return reinterpret_cast<Entry*>(this + 1); }
-};
-
-inline constexpr size_t shared_bytes(size_t tables) { return sizeof(Shared) + tables * kTableBytes; }
-static_assert(3 * (shared_bytes(1) + 1024) <= 228 * 1024, "three thread blocks on a multiprocessor of sm_90");
-static_assert(2 * (shared_bytes(kMaxTables) + 1024) <= 228 * 1024, "two, at least");
-static_assert(shared_bytes(kMaxTables) <= 99 * 1024, "what every GPU from sm_80 on has");
 
 // ---- phase 1: sections, modes and streams, as view_block checks them
 
@@ -377,7 +127,7 @@ NACD_GPU uint32_t bits_of_first(Entry entry, uint32_t left, const uint8_t* lengt
 // False unless `count` symbols use up the stream's bytes.
 NACD_GPU bool decode_stream(const Entry* table, const uint8_t* lengths, const uint8_t* stream, uint32_t bytes,
                             uint32_t count, int8_t* out) {
-    const uint32_t skip = aligned_down(stream);
+    const uint32_t skip = bytes_into_word(stream);
     WordReader reader{stream - skip, rounded_up(skip + bytes, 4)};
     uint64_t window = reader.next() >> (8 * skip);
     uint32_t filled = 32 - 8 * skip, used = 0;  // bits
@@ -465,7 +215,7 @@ NACD_GPU int fixed_width(const Block& block, uint8_t mode) {
 // `width` <= 32 bits at bit `position`, from the one or two aligned words that hold them.
 NACD_GPU uint32_t bits_at(const uint8_t* stream, uint32_t position, int width) {
     const uint8_t* byte = stream + position / 8;
-    const uint32_t bytes = aligned_down(byte), skip = 8 * bytes + position % 8;
+    const uint32_t bytes = bytes_into_word(byte), skip = 8 * bytes + position % 8;
     uint64_t window = load_word(byte - bytes);
     if (skip + static_cast<uint32_t>(width) > 32) window |= static_cast<uint64_t>(load_word(byte - bytes + 4)) << 32;
     return static_cast<uint32_t>(window >> skip & ((uint64_t{1} << width) - 1));

@@ -144,8 +144,7 @@ def test_the_frames_have_every_mode_and_section() -> None:
 def test_of_two_exceptions_at_one_place_the_later_stays() -> None:
     frame, others = encoded(BLOCK, 1)
     (payload,) = payloads(frame)
-    low_bytes, zeros, count = payload[:12].view(np.uint32).tolist()
-    at = 12 + BLOCK // TILE + low_bytes + -(-27 * zeros // 8)
+    count, at = int(payload[8:12].view(np.uint32)[0]), places(payload).exceptions
     for k in range(1, count, 3):  # near and, beyond a warp's 32, far
         payload[at + 6 * k : at + 6 * k + 2] = payload[at : at + 2]
     seal(frame, [payload])
@@ -189,15 +188,54 @@ def test_what_corrupt_bytes_give_is_refused_or_the_cpus(references: int, zero_bi
     assert 100 < refused < 300
 
 
+def places(payload: Bytes) -> SimpleNamespace:
+    """Where the sections of a full block without alphas begin."""
+    low_bytes, zeros, exceptions = payload[:12].view(np.uint32).tolist()
+    at = 12 + BLOCK // TILE + low_bytes + -(-27 * zeros // 8)
+    tables = at + 6 * exceptions
+    return SimpleNamespace(modes=12, exceptions=at, tables=tables, sizes=tables + 32)
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("zero_bits", "bounded", "section", "value", "error"),
+    [
+        (0, True, "modes", 235, "an unknown tile mode"),
+        (16, False, "modes", 100, "an unknown tile mode"),  # grid: float32 only
+        (0, False, "modes", 219, "an unknown tile mode"),  # step, without a step
+        (0, False, "tables", 4, "block sections that do not fill the block"),
+        (0, False, "sizes", 1, "block sections that do not fill the block"),
+    ],
+)
+def test_each_reason_is_told(zero_bits: int, bounded: bool, section: str, value: int, error: str) -> None:
+    frame, others = encoded(BLOCK, 1, zero_bits, bounded)
+    (payload,) = payloads(frame)
+    payload[getattr(places(payload), section)] = value
+    seal(frame, [payload])
+    for decode in (emulated, codec.decode):
+        with pytest.raises(CodecError, match=error):
+            decode(frame, others)
+
+
+@needs_core
+def test_an_exception_outside_the_block_is_refused() -> None:
+    frame, others = encoded(BLOCK - 100, 1)
+    (payload,) = payloads(frame)
+    at = places(payload).exceptions
+    payload[at : at + 2] = 255
+    seal(frame, [payload])
+    with pytest.raises(CodecError, match="a stream that does not fit its tiles"):
+        emulated(frame, others)
+
+
 @needs_core
 def test_a_stream_that_is_too_short_is_refused() -> None:
     frame, others = encoded(BLOCK, 1)
     (payload,) = payloads(frame)
-    low_bytes, zeros, exceptions = payload[:12].view(np.uint32).tolist()
-    sizes = 12 + BLOCK // TILE + low_bytes + -(-27 * zeros // 8) + 6 * exceptions + 32
+    at = places(payload).sizes
     for k, delta in ((0, -1), (1, 1)):  # a byte of the first falls to the second
-        size = payload[sizes + 2 * k : sizes + 2 * k + 2].copy().view(np.uint16) + np.uint16(delta % 2**16)
-        payload[sizes + 2 * k : sizes + 2 * k + 2] = size.view(np.uint8)
+        size = payload[at + 2 * k : at + 2 * k + 2].copy().view(np.uint16) + np.uint16(delta % 2**16)
+        payload[at + 2 * k : at + 2 * k + 2] = size.view(np.uint8)
     seal(frame, [payload])
     with pytest.raises(CodecError, match="a stream that does not fit its tiles"):
         emulated(frame, others)
