@@ -1,8 +1,8 @@
 """The bounded-error mode: how far each tensor may be off, and what of it a record keeps.
 
-A tensor's bound is eps times the RMS of its change since the snapshot before. Its weights become multiples of
-2 * bound, so that each is at most `bound` off, now and in every later encoding: the multiples are those of the weight
-and not of its change. The first snapshot, and a tensor that has not changed or is not finite, are lossless: bound 0.
+A tensor's bound is eps times the RMS of its change since the snapshot before, as that one is stored. Its weights become
+multiples of 2 * bound, so that each is at most `bound` off, now and in every later encoding: the multiples are those of
+the weight and not of its change. The first snapshot, and tensors that are as they were or not finite, have bound 0.
 
 The table behind a frame holds one float32 a tensor, in the order of the names. Without a table all bounds are 0.
 """
