@@ -68,7 +68,7 @@ class FrameParts:
         payloads = [np.frombuffer(block.payload(), np.uint8) for block in self.blocks]
         directory = np.zeros(len(self.blocks), form.ENTRY)
         for entry, block, payload in zip(directory, self.blocks, payloads):
-            entry["bytes"], entry["payload_crc"] = len(payload), form.crc32c(payload)
+            entry["bytes"], entry["payload_crc"] = len(payload), codec.crc32c(payload)
             entry["words_crc"] = block.words_crc
         head = self.header.copy()
         sections = [part.view(np.uint8) for part in (self.lengths, self.runs, directory)]
@@ -77,7 +77,7 @@ class FrameParts:
             head[name] = value
         if "crc" not in header:
             head["crc"] = 0
-            head["crc"] = form.crc32c(np.concatenate([head.view(np.uint8), *sections]))
+            head["crc"] = codec.crc32c(np.concatenate([head.view(np.uint8), *sections]))
         return np.concatenate([head.view(np.uint8), *sections, *payloads])
 
 

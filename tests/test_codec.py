@@ -325,9 +325,14 @@ Change = Callable[[FrameParts], Bytes | None]  # None: as it is then built
 
 
 @pytest.fixture(scope="module")
-def parts() -> FrameParts:
+def references() -> list[Words]:
+    return snapshots("smooth and special", BLOCK + 700, 14)[1:]
+
+
+@pytest.fixture(scope="module")
+def parts(references: list[Words]) -> FrameParts:
     """Of a linear frame of two blocks with low bits, cells 0, exceptions and a step run."""
-    words, *references = snapshots("smooth and special", BLOCK + 700, 14)
+    words = snapshots("smooth and special", BLOCK + 700, 14)[0]
     frame = take_apart(codec.encode(words, references, alpha=0.5, runs=[(RUN_AT, 1e-3, 1e-3)]).data)
     block = frame.blocks[0]
     assert min(block.low_bytes, block.zeros, block.exceptions, frame.blocks[1].exceptions) > 0
@@ -460,12 +465,13 @@ MALFORMED: list[tuple[str, str, Change]] = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("sentence", "change"), [row[1:] for row in MALFORMED], ids=[row[0] for row in MALFORMED])
-def test_a_malformed_frame_is_refused(parts: FrameParts, sentence: str, change: Change, backend: str) -> None:
+def test_a_malformed_frame_is_refused(
+    parts: FrameParts, references: list[Words], sentence: str, change: Change, backend: str
+) -> None:
     frame = deepcopy(parts)
     data = change(frame)
     if data is None:
         data = frame.build()
-    _, *references = snapshots("smooth and special", BLOCK + 700, 14)
     with using(backend), pytest.raises(CodecError) as caught:
         codec.decode(data, references)
     assert str(caught.value) == sentence
@@ -476,7 +482,7 @@ def test_other_words_than_were_encoded_are_told(parts: FrameParts, backend: str)
     words, *references = snapshots("smooth and special", BLOCK + 700, 14)
     with using(backend):
         got = codec.decode(parts.build(), references, verify=True)
-        references[0][BLOCK + 3] ^= 1 << 20  # the reference is another one
+        references[0][BLOCK + 3] ^= 1 << 20
         codec.decode(parts.build(), references)
         codec.decode(parts.build(), [x[:BLOCK] for x in references], blocks=range(1), verify=True)
         with pytest.raises(CodecError, match="decoded words that are not those that were encoded"):
@@ -485,8 +491,7 @@ def test_other_words_than_were_encoded_are_told(parts: FrameParts, backend: str)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_blocks_that_are_read_must_be_whole(parts: FrameParts, backend: str) -> None:
-    _, *references = snapshots("smooth and special", BLOCK + 700, 14)
+def test_only_the_blocks_that_are_read_must_be_whole(parts: FrameParts, references: list[Words], backend: str) -> None:
     damaged = parts.build()
     damaged[codec.read_info(damaged).head_bytes + 40] ^= 1
     with using(backend):
