@@ -12,13 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import codec
-from ..codec import BLOCK, SLACK, CodecError
+from ..codec import BLOCK, SLACK, TILE, CodecError
+from ..codec_format import ENTRY
 from ..errors import InputError
 from .index import Index, Place
 from .records import HEADER, Bytes
 from .schema import Schema
 
 Words = NDArray[np.uint32]
+
+HEAD_BYTES = 4096  # of a frame's head without its runs and its directory, at most
 
 
 class FrameCache:
@@ -85,7 +88,7 @@ class Decoder:
         place = self.index.frames[step]
         references = [self.reference(other, blocks, made) for other in place.record.references]
         try:
-            frame = self.read_frame(place)
+            frame = self.read_frame(place, blocks)
             return codec.decode(
                 frame,
                 references,
@@ -98,45 +101,55 @@ class Decoder:
         except CodecError as error:
             raise InputError(f"{place.path}: the snapshot of step {step}: {error}") from None
 
-    def read_frame(self, place: Place) -> Bytes:
-        """The frame's bytes, with slack behind them. Raises CodecError unless it is the one that the index means."""
+    def read_frame(self, place: Place, blocks: range) -> Bytes:
+        """The frame's bytes, with slack behind them; only the head and those blocks are read.
+
+        Raises CodecError unless it is the frame that the index means.
+        """
         record, count = place.record, self.schema.count
         if record.frame_bytes > 8 * count + 2**16 + 2**10 * len(self.all):
             raise CodecError(f"{record.frame_bytes} bytes for {count} weights")
-        frame = read_bytes(place, record.payload, record.frame_bytes, SLACK)
-        info = codec.read_info(frame)
+        frame = np.empty(record.frame_bytes + SLACK, np.uint8)  # what is not read takes no memory
+        most = HEAD_BYTES + 8 * -(-count // TILE) + ENTRY.itemsize * len(self.all)
+        begun = record.frame_bytes if blocks == self.all else min(most, record.frame_bytes)
+        read_into(frame[:begun], place, record.payload)
+        info = codec.read_info(frame[:begun])
         found = (info.bytes, info.count, info.predictor, info.zero_bits)
         wanted = (record.frame_bytes, count, len(record.references), self.schema.zero_bits)
         if found != wanted:
             raise CodecError(f"a frame of (bytes, weights, references, zero bits) {found}, must be {wanted}")
+        if begun < record.frame_bytes:
+            directory = frame[info.head_bytes - ENTRY.itemsize * info.blocks : info.head_bytes].view(ENTRY)["bytes"]
+            begin, end = (info.head_bytes + int(directory[:block].sum()) for block in (blocks.start, blocks.stop))
+            read_into(frame[begin:end], place, record.payload + begin)
         return frame
 
     def read_table(self, place: Place) -> Bytes:
         """What the payload holds behind the frame."""
         record = place.record
-        return read_bytes(place, record.payload + record.frame_bytes, record.payload_bytes - record.frame_bytes, 0)
+        table = np.empty(record.payload_bytes - record.frame_bytes, np.uint8)
+        return read_into(table, place, record.payload + record.frame_bytes)
 
     def check_record(self, step: int) -> None:
         """Raise InputError unless the record's bytes are those that were written."""
         place = self.index.frames[step]
         record = place.record
         try:
-            if codec.crc32c(read_bytes(place, record.payload, record.payload_bytes, 0)) != record.payload_crc:
+            payload = read_into(np.empty(record.payload_bytes, np.uint8), place, record.payload)
+            if codec.crc32c(payload) != record.payload_crc:
                 raise CodecError("a record's payload that changed since it was written")
         except CodecError as error:
             raise InputError(f"{place.path}: the snapshot of step {step}: {error}") from None
 
 
-def read_bytes(place: Place, offset: int, size: int, slack: int) -> Bytes:
-    """Bytes of the place's record, and room for `slack` more. Raises CodecError if the record is another by now."""
+def read_into(data: Bytes, place: Place, offset: int) -> Bytes:
+    """Fill `data` from the place's file. Raises CodecError if its record is another by now."""
     header = os.pread(place.file.fileno(), HEADER.size, place.record.offset)
     if len(header) < HEADER.size or HEADER.unpack(header)[-1] != place.record.header_crc:
         raise CodecError("the file was cut or changed while it was read")
-    data = np.empty(size + slack, np.uint8)
-    data[size:] = 0
     done = 0
-    while done < size:
-        got = os.preadv(place.file.fileno(), [data[done:size].data], offset + done)
+    while done < len(data):
+        got = os.preadv(place.file.fileno(), [data[done:].data], offset + done)
         if got == 0:
             raise CodecError("the file was cut while it was read")
         done += got

@@ -93,7 +93,7 @@ def read_index(main: FileIO, open_file: FileIO | None, path: Path) -> Index:
 
 def add_main(index: Index, file: FileIO, path: Path) -> None:
     pending: dict[int, Place] = {}
-    for record in scan(file.fileno(), path):
+    for record in scan(file.fileno(), path, SEAL):
         where = f"{path}: the record at byte {record.offset}"
         if (record.kind == SCHEMA) != (index.schema is None):
             raise InputError(f"{where}: a trajectory has one schema, at its begin")
@@ -113,7 +113,7 @@ def add_main(index: Index, file: FileIO, path: Path) -> None:
 
 def add_open(index: Index, file: FileIO, path: Path) -> None:
     last = index.sealed_to
-    for record in scan(file.fileno(), path):
+    for record in scan(file.fileno(), path, FRAME):
         where = f"{path}: the record at byte {record.offset}"
         if record.kind != FRAME:
             raise InputError(f"{where}: an open group has frames alone")

@@ -7,6 +7,7 @@ one is begun, so only the end of a file can be torn: there a scan stops and says
 import os
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ NO_STEP = 2**64 - 1
 MAX_PAYLOAD_BYTES, MAX_STEP = 2**44, 2**62
 COMMIT = 0x74696D6D6F63A55A  # mixed into the commit word, so that it is not zero
 COMMIT_BYTES, PAGE = 8, 4096
+FIND_BYTES = 2**20
 
 HEADER = struct.Struct("<IHBBQQQQQQII")
 FIELDS = struct.Struct("<IHBBQQQQQQI")  # those that the header's checksum covers
@@ -77,8 +79,11 @@ def pack(
     return record, [fields + struct.pack("<I", header_crc), *payload, tail]
 
 
-def scan(descriptor: int, path: Path) -> list[Record]:
-    """The whole records of the open file. Raises InputError, naming `path` and the place, where bytes are damaged."""
+def scan(descriptor: int, path: Path, lasting: int) -> list[Record]:
+    """The whole records of the open file. Raises InputError, naming `path` and the place, where bytes are damaged.
+
+    lasting: the kind that is not begun before all in front of it is on the disk: none lies behind a torn record.
+    """
     file_bytes = os.fstat(descriptor).st_size
     module = None if os.environ.get("NACD_CODEC") == "reference" else native.load()
     if module is None:
@@ -86,6 +91,8 @@ def scan(descriptor: int, path: Path) -> list[Record]:
     else:
         found, end, status, sentence = module.scan(descriptor, file_bytes)
         records, error = [to_record(*fields) for fields in found], sentence if status else ""
+    if error == TORN and find(descriptor, end + 8, file_bytes, lasting):
+        error = "a hole in front of records that were written later"
     if error not in ("", TORN):
         raise InputError(f"{path}: damaged at byte {end}: {error}")
     return records
@@ -104,6 +111,19 @@ def to_record(
 ) -> Record:
     references = tuple(step for step in (ref_a, ref_b) if step != NO_STEP)
     return Record(offset, kind, step, references, frame_bytes, payload_bytes, payload_crc, header_crc)
+
+
+def find(descriptor: int, begin: int, end: int, kind: int) -> bool:
+    """Whether a record's header of that kind lies in [begin, end)."""
+    wanted = struct.pack("<IHB", MAGIC, VERSION, kind)
+    while begin < end:
+        chunk, at = os.pread(descriptor, FIND_BYTES, begin), -1
+        while (at := chunk.find(wanted, at + 1)) >= 0:
+            with suppress(Damage, struct.error):  # the chunk may end in a header: the next one begins with it
+                check_header(chunk[at : at + HEADER.size], begin + at)
+                return True
+        begin += max(FIND_BYTES - HEADER.size, 8)
+    return False
 
 
 # The scan in Python: the reference for the native one, and what runs where that was not built.

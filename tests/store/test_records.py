@@ -57,9 +57,9 @@ def test_a_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r.references for r in made] == [(), (), (7,), (8, 7), ()]
     assert [(r.frame_bytes, r.payload_bytes) for r in made] == [(0, 9), (64, 69), (1, 1), (0, 0), (0, 0)]
     with open(tmp_path / "x", "rb") as f:
-        assert scan(f.fileno(), tmp_path / "x") == made
+        assert scan(f.fileno(), tmp_path / "x", SEAL) == made
         monkeypatch.setenv("NACD_CODEC", "reference")
-        assert scan(f.fileno(), tmp_path / "x") == made
+        assert scan(f.fileno(), tmp_path / "x", SEAL) == made
 
 
 def test_every_length_ends_in_a_torn_record(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_the_last_payload_is_checked(tmp_path: Path) -> None:
         f.write(b"\0")
     assert both(tmp_path / "x") == (made[:1], made[1].offset, "a record's payload that changed since it was written")
     with open(tmp_path / "x", "rb") as f, pytest.raises(InputError, match=r"x: damaged at byte 88: .*payload"):
-        scan(f.fileno(), tmp_path / "x")
+        scan(f.fileno(), tmp_path / "x", SEAL)
 
 
 @pytest.mark.parametrize("page", range(4))
@@ -139,6 +139,20 @@ def test_a_page_that_was_never_written_is_a_torn_tail(tmp_path: Path, page: int)
     data[begin : (page + 1) * PAGE] = bytes(len(data[begin : (page + 1) * PAGE]))
     (tmp_path / "x").write_bytes(data)
     assert both(tmp_path / "x") == ([first], first.end, TORN)
+
+
+@pytest.mark.parametrize("size", [1, PAGE, 2**20, 2**20 + 8, 3 * 2**20])
+def test_a_hole_in_front_of_what_lasts_is_damage(tmp_path: Path, size: int) -> None:
+    """A seal is begun when all before it is on the disk; a frame may be while other frames of its group are not."""
+    first, head = pack(FRAME, 0, [payload(PAGE + size)], step=1)
+    _, frame = pack(FRAME, first.end, [payload(9)], step=2)
+    path = tmp_path / "x"
+    path.write_bytes(b"".join(bytes(piece) for piece in [*head, *frame]))
+    os.pwrite(fd := os.open(path, os.O_RDWR), bytes(PAGE), 0)
+    assert scan(fd, path, SEAL) == []
+    with pytest.raises(InputError, match="damaged at byte 0: a hole in front of records that were written later"):
+        scan(fd, path, FRAME)
+    os.close(fd)
 
 
 @pytest.mark.parametrize("text", ["a", "NRE", "step,loss\n", "x" * 999])
