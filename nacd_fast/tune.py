@@ -96,10 +96,17 @@ def prepare(
 class Validation(Observer):
     """After each epoch: the validation NLL, and the adapters kept in `work` until the best epoch is known."""
 
-    def __init__(self, work: Path, model: PeftModel, rows: Sequence[Encoded], per_epoch: int, pad_id: int):
-        self.model, self.rows, self.per_epoch, self.pad_id = model, rows, per_epoch, pad_id
+    def __init__(
+        self,
+        work: Path,
+        writer: TrajectoryWriter,
+        model: PeftModel,
+        rows: Sequence[Encoded],
+        per_epoch: int,
+        pad_id: int,
+    ):
+        self.writer, self.model, self.rows, self.per_epoch, self.pad_id = writer, model, rows, per_epoch, pad_id
         self.path = work / "validation.json"
-        self.writer = TrajectoryWriter(work / "epochs.nacd")
         self.nll: list[float] = read_json(self.path) if self.path.exists() else []
 
     def begin(self, step: int) -> None:
@@ -190,20 +197,22 @@ def run(
     with open_stage(folder, settings(model, data, config, epochs, seed), {**(inputs or {}), **digests}) as stage:
         if stage.finished:
             return folder
-        observer = Validation(stage.work, student, held_out, per_epoch, tokenizer.pad_token_id or 0)
-        losses = train(
-            student,
-            samples,
-            optimizer="adamw",
-            lr=config.lr,
-            batch=config.batch,
-            steps=epochs * per_epoch,
-            seed=seed,
-            pad_id=observer.pad_id,
-            work=stage.work,
-            label=f"tune {label}",
-            observer=observer,
-        )
+        pad_id = tokenizer.pad_token_id or 0
+        with TrajectoryWriter(stage.work / "epochs.nacd") as writer:
+            observer = Validation(stage.work, writer, student, held_out, per_epoch, pad_id)
+            losses = train(
+                student,
+                samples,
+                optimizer="adamw",
+                lr=config.lr,
+                batch=config.batch,
+                steps=epochs * per_epoch,
+                seed=seed,
+                pad_id=pad_id,
+                work=stage.work,
+                label=f"tune {label}",
+                observer=observer,
+            )
         finish(stage, student, model.path, losses, observer)
     return folder
 

@@ -9,7 +9,6 @@ import threading
 from collections import OrderedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import codec
 from ..codec import BLOCK, SLACK, TILE, CodecError
@@ -17,9 +16,7 @@ from ..codec_format import ENTRY
 from ..errors import InputError
 from .index import Index, Place
 from .records import HEADER, Bytes
-from .schema import Schema
-
-Words = NDArray[np.uint32]
+from .schema import Schema, Words
 
 HEAD_BYTES = 4096  # of a frame's head without its runs and its directory, at most
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from ..codec import BLOCK
 from ..errors import InputError
 from .bounds import by_name, from_table
-from .decoder import Decoder, FrameCache, Words
+from .decoder import Decoder, FrameCache
 from .index import Index, open_name, read_index
 from .layout import GROUP, frames_to
 from .prefetch import Prefetch
-from .schema import Schema, to_flat
+from .schema import Schema, Words, to_flat
 
 CACHE_BYTES = 2**29  # of decoded frames that others are coded against
 ATTEMPTS = 100  # at opening, while a writer changes the files

@@ -21,12 +21,12 @@ from .. import codec
 from ..codec import BLOCK, TILE
 from ..errors import InputError
 from .bounds import bounds_of, from_table, runs_of, to_table
-from .decoder import Decoder, FrameCache, Words
+from .decoder import Decoder, FrameCache
 from .files import check_room, create, cut, open_locked, sync_folder, write_at
 from .index import Index, Place, open_name, read_index
 from .layout import DEPTH, GROUP, MAX_GROUP, open_references, sealed
 from .records import FRAME, SCHEMA, SEAL, Bytes, Record, pack
-from .schema import Schema, check_tensors, flatten, is_count, schema_of
+from .schema import Schema, Words, check_tensors, flatten, is_count, schema_of
 
 MAX_STEP = 10**8 - 1
 SEAL_CACHE_BYTES = 2**28  # of decoded snapshots while a group is coded anew, but at least SEAL_CACHE of them
@@ -86,6 +86,8 @@ class TrajectoryWriter:
         After an InputError the trajectory is what it was, and the snapshot can be appended again.
         """
         where = f"{self.path}: the snapshot of step {step}"
+        if self.main.closed:
+            raise InputError(f"{where}: its writer is closed")
         last = self.steps[-1] if self.index.frames else -1
         if not is_count(step, MAX_STEP) or step <= last:
             raise InputError(f"{where}: must be above the last step {last} and at most {MAX_STEP}")
@@ -179,9 +181,14 @@ class TrajectoryWriter:
 
     @contextmanager
     def _told(self, where: str) -> Iterator[None]:
-        """An OSError becomes an InputError, and what was half written is dropped again."""
+        """An OSError becomes an InputError, and what was half written is dropped again.
+
+        Any other interruption closes the writer: what it knows of the files may be wrong from then on.
+        """
         try:
             yield
+        except InputError:
+            raise
         except OSError as error:
             with suppress(OSError):
                 cut(self.main, self.index.main_end)
@@ -189,6 +196,9 @@ class TrajectoryWriter:
                     cut(self.open_file, self.index.open_end)
                 self._take_up()
             raise InputError(f"{where}: cannot be written ({error.strerror})") from None
+        except BaseException:
+            self._release()
+            raise
 
     # Writing
 

@@ -361,6 +361,26 @@ def test_durable_before_append_returns(path: Path, monkeypatch: pytest.MonkeyPat
         assert events == [*sealing, "pwrite", "fdatasync", "fsync"]
 
 
+def test_an_interrupted_writer_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the removal of the open file and the look at the new main file it does not know what there is."""
+
+    def interrupted(writer: TrajectoryWriter) -> None:
+        raise KeyboardInterrupt
+
+    writer = TrajectoryWriter(path, group=2)
+    for step in range(3):
+        writer.append(step, snapshot(step))
+    monkeypatch.setattr(TrajectoryWriter, "_refresh", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.append(3, snapshot(3))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="the snapshot of step 3: its writer is closed"):
+        writer.append(3, snapshot(3))
+    writer.close()
+    write(path, [3], group=2)
+    assert_holds(path, range(4))
+
+
 def test_little_is_kept_in_memory(path: Path) -> None:
     with TrajectoryWriter(path) as writer:
         for step in range(20):
