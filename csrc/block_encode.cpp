@@ -16,7 +16,6 @@ namespace {
 // residual. A shift of 0 would cost 0.07 bit a weight and decode 5 % faster, 2 would save 0.02 and decode 7 % slower.
 // Without a prediction many weights lie in the zero cell, where they take a bit more than they should: finer cells.
 constexpr int kCellShift = 1, kKeyCellShift = 3;
-constexpr int kStepShift = 2;  // residuals of 4 to 8 steps on average
 constexpr size_t kLanes = 16;  // of sums: their order is part of what both builds do alike
 
 struct BitWriter {
@@ -173,17 +172,33 @@ bool try_grid(int e, TileWork& tile) {
     return true;
 }
 
+// The shift at which differences take the fewest bits: one of `length` bits takes that many, but at least the shift's,
+// and one that leaves the residual's byte becomes an exception. Of equals the least: a code does better than whole bits.
+int choose_shift(const int32_t* differences, size_t count, int most) {
+    size_t lengths[33] = {};
+    for (size_t i = 0; i < count; ++i) ++lengths[std::bit_width(magnitude(differences[i]))];
+    int best = most;
+    size_t fewest = SIZE_MAX;
+    for (int shift = most; shift >= 0; --shift) {
+        size_t bits = 0;
+        for (int length = 0; length <= 32; ++length) {
+            const bool excepted = length > shift + 7;
+            bits += lengths[length] * (excepted ? 8 * kExceptionBytes : static_cast<size_t>(std::max(length, shift)));
+        }
+        if (bits <= fewest) fewest = bits, best = shift;
+    }
+    return best;
+}
+
 bool try_integer(int zero_bits, int* shift, TileWork& tile) {
     tile.clear();
     const size_t count = tile.count;
-    uint64_t sum = 0;
     for (size_t i = 0; i < count; ++i) {
         const uint32_t difference = static_cast<uint32_t>(order(tile.words[i], zero_bits)) -
                                     static_cast<uint32_t>(order(tile.predicted[i], zero_bits));
         tile.cells[i] = static_cast<int32_t>(difference);
-        sum += magnitude(tile.cells[i]);
     }
-    *shift = std::clamp(static_cast<int>(std::bit_width(sum / count)) - 1 - kStepShift, 0, kMaxIntegerShift);
+    *shift = choose_shift(tile.cells, count, kMaxIntegerShift);
     for (size_t i = 0; i < count; ++i) {
         tile.residuals[i] = tile.cells[i] >> *shift;
         tile.widths[i] = *shift;
@@ -201,14 +216,12 @@ bool try_step(const TileFacts& facts, float step, float tolerance, int* shift, T
     const float inverse = 1.0f / step;
     if (!facts.finite || !facts.predicted_finite || !(float_of(facts.largest) * inverse < 4194304.0f)) return false;
     const size_t count = tile.count;
-    uint64_t sum = 0;
     for (size_t i = 0; i < count; ++i) {
         const int32_t base = round_to_integer(float_of(tile.predicted[i]) * inverse);
         tile.cells[i] = round_to_integer(float_of(tile.words[i]) * inverse);
         tile.residuals[i] = tile.cells[i] - base;
-        sum += magnitude(tile.residuals[i]);
     }
-    *shift = std::clamp(static_cast<int>(std::bit_width(sum / count)) - 1 - kStepShift, 0, kMaxStepShift);
+    *shift = choose_shift(tile.residuals, count, kMaxStepShift);
     for (size_t i = 0; i < count; ++i) {
         const float value = static_cast<float>(tile.cells[i]) * step;
         const double error = std::fabs(static_cast<double>(value) - static_cast<double>(float_of(tile.words[i])));
