@@ -54,6 +54,23 @@ def test_every_weight_is_within_its_bound(tmp_path: Path, eps: float) -> None:
     assert lossy > 15
 
 
+def test_a_seal_keeps_what_was_kept_exactly(tmp_path: Path) -> None:
+    """Behind an infinite reference tiles are raw, whatever the bound; the seal has other references."""
+    path = tmp_path / "t.nacd"
+    with TrajectoryWriter(path, eps=0.1) as writer:
+        for step in range(6):
+            tensors = snapshot(step, {"a": (500,)})
+            tensors["a"][0] = float("inf") if step == 1 else 0.0
+            writer.append(step, tensors)
+        with TrajectoryStore(path) as store:
+            before = {step: store.read(step) for step in store.steps}
+            assert store.bounds(3)["a"] > 0
+    assert_same_bits(before[3], {"a": snapshot(3, {"a": (500,)})["a"].index_fill(0, torch.tensor([0]), 0.0)})
+    with TrajectoryStore(path) as store:
+        for step, tensors in before.items():
+            assert_same_bits(store.read(step), tensors)
+
+
 def test_values_outlive_cuts_and_other_sessions(tmp_path: Path) -> None:
     path = tmp_path / "t.nacd"
     shapes: Shapes = {"a": (3000,)}

@@ -67,8 +67,12 @@ def test_lengths_then_appended_to(path: Path) -> None:
     """A writer goes on behind a torn tail as if it had not been there."""
     write(path, [4, 5], TINY, group=GROUP)
     whole = path.read_bytes()
+    with TrajectoryStore(path) as store:
+        ends = {0, store.index.groups[0].begin, *(group.end for group in store.index.groups)}
     for size in range(0, len(whole), 97):
         path.write_bytes(whole[:size])
+        TrajectoryWriter(path, group=GROUP).close()
+        assert path.stat().st_size in ends
         with TrajectoryWriter(path, group=GROUP) as writer:
             for step in range(len(writer.steps), 6):
                 writer.append(step, snapshot(step, TINY))
@@ -93,6 +97,14 @@ def test_every_changed_byte_is_an_error_or_changes_nothing(path: Path, damaged: 
             f.write(data[at : at + 1])
     assert detected > 0.9 * len(data)  # the rest is padding
     assert read_all(path) == [0, 1, 2, 3]
+
+
+def test_a_changed_name_is_found(path: Path) -> None:
+    """The scan does not verify payloads, and the schema is no frame."""
+    path.write_bytes(path.read_bytes().replace(b'"b": [2, 2]', b'"c": [2, 2]'))
+    for opener in (TrajectoryStore, TrajectoryWriter):
+        with pytest.raises(InputError, match="the record at byte 0: a schema that changed since it was written"):
+            opener(path)
 
 
 def test_verify_finds_what_reading_does(path: Path) -> None:

@@ -15,8 +15,9 @@ from hypothesis.extra import numpy as hnp
 
 from nacd_fast import codec
 from nacd_fast.errors import InputError
-from nacd_fast.store import TrajectoryStore, TrajectoryWriter
+from nacd_fast.store import TrajectoryStore, TrajectoryWriter, reader
 from nacd_fast.store.decoder import FrameCache
+from nacd_fast.store.index import read_index
 from nacd_fast.store.reader import runs_of_blocks
 from tests.store.snapshots import SHAPES, WIDE, assert_holds, assert_same_bits, snapshot, write
 
@@ -291,6 +292,24 @@ def test_reading_while_a_writer_appends_seals_and_closes(tmp_path: Path) -> None
     with TrajectoryStore(path) as store:
         done = len(store)
     assert_holds(path, range(done))
+
+
+def test_a_group_that_is_sealed_while_the_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The open file that was opened is not the one that belongs to the main file any more: both are opened anew."""
+    path = tmp_path / "t.nacd"
+    with TrajectoryWriter(path) as writer:
+        for step in range(9):
+            writer.append(step, snapshot(step))
+        waiting = [9, 10]
+
+        def late(*args: Any) -> Any:
+            for step in waiting:
+                writer.append(step, snapshot(step))
+            waiting.clear()
+            return read_index(*args)
+
+        monkeypatch.setattr(reader, "read_index", late)
+        assert_holds(path, range(11))
 
 
 def test_an_open_store_outlives_a_seal(tmp_path: Path) -> None:

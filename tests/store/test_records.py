@@ -117,12 +117,14 @@ def test_a_header_that_no_writer_writes(tmp_path: Path, at: int, field: str, val
     assert both(tmp_path / "x") == ([], 0, error)
 
 
-def test_the_last_payload_is_checked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [0, 68, 69, 71])
+def test_the_last_payload_is_checked(tmp_path: Path, at: int) -> None:
+    """And the zeros behind it."""
     made = make(tmp_path / "x")
     os.truncate(tmp_path / "x", made[1].end)
     with open(tmp_path / "x", "r+b") as f:
-        f.seek(made[1].payload)
-        f.write(b"\0")
+        f.seek(made[1].payload + at)
+        f.write(b"\x80" if at >= made[1].payload_bytes else b"\0")
     assert both(tmp_path / "x") == (made[:1], made[1].offset, "a record's payload that changed since it was written")
     with open(tmp_path / "x", "rb") as f, pytest.raises(InputError, match=r"x: damaged at byte 88: .*payload"):
         scan(f.fileno(), tmp_path / "x", SEAL)

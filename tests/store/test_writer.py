@@ -307,6 +307,25 @@ def test_a_disk_that_fills_up_anywhere(path: Path, disk: FullDisk) -> None:
     assert path.read_bytes() == path.with_name("whole").read_bytes()
 
 
+def test_what_could_not_be_cut_off_is_cut_off_later(
+    path: Path, disk: FullDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, end: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with TrajectoryWriter(path) as writer:
+        writer.append(0, {"a": torch.zeros(500)})
+        disk.left = 1500
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
+            patch.setattr(os, "ftruncate", refuse)
+            writer.append(1, {"a": torch.randn(500)})
+        disk.left = float("inf")
+        writer.append(1, {"a": torch.zeros(500)})  # a shorter record
+        writer.append(2, {"a": torch.zeros(500)})
+        with TrajectoryStore(path) as store:
+            assert store.steps == [0, 1, 2]
+
+
 def test_a_file_that_may_not_grow(path: Path) -> None:
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
