@@ -3,12 +3,14 @@
     nacd distill --config demo --match.inner_steps 12     # a recipe (a file, or a name from recipes/) and overrides
     nacd match --config my.yaml --dry-run                 # what would be done
 
-`nacd report --out RUN` renders its report anew. Flags are generated from the fields of config.py. Bad input is one
-sentence on stderr and exit status 2; --debug shows the traceback. Ctrl-C exits with 130, and the same command goes on
-where it stopped.
+`nacd report --out RUN` renders its report anew; `nacd store` looks into trajectory files, with flags of its own
+(store/command.py). The other flags are generated from the fields of config.py. Bad input is one sentence on stderr and
+exit status 2; --debug shows the traceback. Ctrl-C exits with 130, and the same command goes on where it stopped.
 """
 
 import argparse
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ HELP = {
     "tune": "up to the tuned models",
     "evaluate": "up to the scores",
     "report": "the report of a run folder, from what is in it",
+    "store": "inspect, verify or convert a trajectory file",
 }
 
 
@@ -144,20 +147,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if wants_help else 2
     debug = "--debug" in given
     try:
-        config, dry_run, debug = parse(given[0], given[1:])
-        execute(given[0], config, dry_run)
+        if given[0] == "store":
+            from .store import command  # torch loads only from here
+
+            command.run(given[1:])
+        else:
+            config, dry_run, debug = parse(given[0], given[1:])
+            execute(given[0], config, dry_run)
+        sys.stdout.flush()
     except InputError as error:
         if debug:
             raise
         print(f"nacd: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # what reads our output has seen enough; nothing more may go there, at the exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a folder without permission
         if debug:
             raise
         print(f"nacd: {error.filename or given[0]}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("nacd: interrupted; the same command goes on from here", file=sys.stderr)
+        goes_on = "" if given[0] == "store" else "; the same command goes on from here"
+        print(f"nacd: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -55,3 +55,17 @@ def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Bar(label, total, done, progress)
+
+
+@contextmanager
+def byte_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` pieces of data; what it gives is called with the bytes of each when that is done."""
+    done, start = 0, time.monotonic()
+    with progress_bar(label, total) as bar:
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            bar.advance(1, **{"MB/s": done / 1e6 / max(time.monotonic() - start, 1e-9)})
+
+        yield advance
