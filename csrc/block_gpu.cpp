@@ -13,10 +13,6 @@ namespace nacd::gpu {
 
 namespace {
 
-BlockEntry entry_of(const uint8_t* head, const FrameHeader& header, uint64_t block) {
-    return read_at<BlockEntry>(head + directory_at(header.tables, header.runs) + block * sizeof(BlockEntry));
-}
-
 bool make_table(const uint8_t lengths[kSymbols], Entry table[kTableSize]) {
     alignas(64) TableEntry six[kTableSize];
     if (!huffman_table(lengths, six)) return false;
@@ -26,14 +22,6 @@ bool make_table(const uint8_t lengths[kSymbols], Entry table[kTableSize]) {
         table[i] = static_cast<uint32_t>(six[i] & 0xffffff) | bits << 24 | count << 28;
     }
     return true;
-}
-
-bool checksum_matters() {
-#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
-    return false;  // a fuzzer could not get past one
-#else
-    return true;
-#endif
 }
 
 }  // namespace
@@ -51,15 +39,14 @@ Status make_plan(const uint8_t* head, const FrameInfo& info, uint64_t first, uin
     const Plan fixed{first,       static_cast<uint32_t>(blocks), h.runs, h.alpha, h.predictor,
                      h.zero_bits, static_cast<uint16_t>(h.tables)};
     std::memcpy(plan, &fixed, sizeof fixed);
-    const uint8_t* packed = head + sizeof(FrameHeader);
-    for (size_t k = 0; k < h.tables; ++k, packed += kLengthBytes) {
+    for (uint32_t k = 0; k < h.tables; ++k) {
         uint8_t* lengths = plan + plan_lengths_at(h.tables) + k * kSymbols;
-        for (size_t s = 0; s < kSymbols; ++s) lengths[s] = packed[s / 2] >> (s % 2 * 4) & 15;
+        read_lengths(head, k, lengths);
         Entry table[kTableSize];
         if (!make_table(lengths, table)) return Status::bad_table;
         std::memcpy(plan + sizeof(Plan) + k * sizeof table, table, sizeof table);
     }
-    std::memcpy(plan + plan_runs_at(h.tables), packed, h.runs * sizeof(StepRun));
+    std::memcpy(plan + plan_runs_at(h.tables), head + runs_at(h.tables), h.runs * sizeof(StepRun));
     uint64_t offset = 0;
     for (uint64_t i = 0; i < blocks; ++i) {
         const uint32_t bytes = entry_of(head, h, first + i).bytes;

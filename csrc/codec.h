@@ -40,7 +40,7 @@ const char* name(const Kernels* kernels) noexcept;
 // One run of tiles in bounded-error mode: values are multiples of `step`, each within `tolerance` of its weight.
 struct StepRequest {
     uint64_t first_tile;
-    float step;       // > 0
+    float step;       // 2^-126 .. 2^126
     float tolerance;  // >= 0; 0 keeps a value only where it is the multiple itself
 };
 

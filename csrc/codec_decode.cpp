@@ -48,23 +48,6 @@ const char* name(const Kernels* kernels) noexcept { return kernels->name; }
 
 namespace {
 
-bool checksum_matters() {
-#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
-    return false;  // a fuzzer could not get past one
-#else
-    return true;
-#endif
-}
-
-BlockEntry entry_of(const uint8_t* head, const FrameHeader& header, uint64_t block) {
-    return read_at<BlockEntry>(head + directory_at(header.tables, header.runs) + block * sizeof(BlockEntry));
-}
-
-void read_lengths(const uint8_t* head, uint32_t table, uint8_t lengths[kSymbols]) {
-    const uint8_t* packed = head + sizeof(FrameHeader) + table * kLengthBytes;
-    for (size_t s = 0; s < kSymbols; ++s) lengths[s] = packed[s / 2] >> (s % 2 * 4) & 15;
-}
-
 bool valid(const FrameHeader& h) {
     if (h.predictor > static_cast<uint8_t>(Predictor::linear) || (h.zero_bits != 0 && h.zero_bits != 16)) return false;
     if (h.count > kMaxCount || h.blocks != block_count(h.count) || !std::isfinite(h.alpha)) return false;
@@ -78,15 +61,13 @@ bool valid_sections(const uint8_t* head, const FrameHeader& h, size_t head_size)
     int64_t last = -1;
     for (uint32_t k = 0; k < h.runs; ++k) {
         const auto run = read_at<StepRun>(head + runs_at(h.tables) + k * sizeof(StepRun));
-        if (int64_t{run.first_tile} <= last || !(run.step > 0) || !std::isfinite(run.step) ||
-            !std::isfinite(1.0f / run.step))
-            return false;
+        if (int64_t{run.first_tile} <= last || !valid_step(run.step)) return false;
         last = run.first_tile;
     }
     uint64_t bytes = head_size;
     for (uint64_t i = 0; i < h.blocks; ++i) {
         const BlockEntry entry = entry_of(head, h, i);
-        if (entry.bytes > kBlockBound) return false;
+        if (entry.bytes > kMaxBlockBytes) return false;
         bytes += entry.bytes;
     }
     return bytes == h.bytes;

@@ -221,17 +221,29 @@ Status checksum_decoded(const Kernels& isa, const EncodeOptions& options, const 
     });
 }
 
-float fit_alpha(const uint32_t* w, const uint32_t* a, const uint32_t* b, uint64_t count) {
+// The median over tiles of the least-squares alpha: a few weights beyond all others must not spoil the frame's. Every
+// seventh tile is enough, for each tile refines it.
+float fit_alpha(const uint32_t* w, const uint32_t* a, const uint32_t* b, uint64_t count) noexcept {
     const FloatEnvironment environment;
-    constexpr uint64_t stride = 7;  // tiles refine it: a sample is enough
-    double xy = 0, xx = 0;
-    for (uint64_t i = 0; i < count; i += stride) {
-        const double x = static_cast<double>(float_of(b[i])) - static_cast<double>(float_of(a[i]));
-        const double y = static_cast<double>(float_of(w[i])) - static_cast<double>(float_of(a[i]));
-        if (std::isfinite(x) && std::isfinite(y)) xy += x * y, xx += x * x;
+    constexpr uint64_t stride = 7;
+    std::vector<float> alphas;
+    try {
+        for (uint64_t begin = 0; begin < count; begin += stride * kTile) {
+            double xy = 0, xx = 0;
+            for (uint64_t i = begin; i < std::min(count, begin + kTile); ++i) {
+                const double x = static_cast<double>(float_of(b[i])) - static_cast<double>(float_of(a[i]));
+                const double y = static_cast<double>(float_of(w[i])) - static_cast<double>(float_of(a[i]));
+                xy += x * y, xx += x * x;
+            }
+            if (const auto alpha = static_cast<float>(xy / xx); std::isfinite(alpha)) alphas.push_back(alpha);
+        }
+    } catch (const std::bad_alloc&) {
+        return 0;  // a worse fit is still right
     }
-    const auto alpha = static_cast<float>(xy / xx);
-    return std::isfinite(alpha) ? alpha : 0.0f;
+    if (alphas.empty()) return 0;
+    const auto middle = alphas.begin() + static_cast<ptrdiff_t>(alphas.size() / 2);
+    std::nth_element(alphas.begin(), middle, alphas.end());
+    return *middle;
 }
 
 bool valid_runs(const EncodeOptions& options, uint64_t count) {
@@ -241,8 +253,7 @@ bool valid_runs(const EncodeOptions& options, uint64_t count) {
     for (size_t k = 0; k < options.run_count; ++k) {
         const StepRequest& run = options.runs[k];
         if (run.first_tile > UINT32_MAX || static_cast<int64_t>(run.first_tile) <= last) return false;
-        if (!(run.step > 0) || !std::isfinite(run.step) || !std::isfinite(1.0f / run.step)) return false;
-        if (!(run.tolerance >= 0)) return false;
+        if (!valid_step(run.step) || !(run.tolerance >= 0)) return false;
         last = static_cast<int64_t>(run.first_tile);
     }
     return true;

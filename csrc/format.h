@@ -25,6 +25,7 @@ inline constexpr size_t kMaxTables = 4;          // codes of a frame; each strea
 inline constexpr int kZeroBits = 27;             // the field of a weight in the zero cell: sign, 3 of exponent, mantissa
 inline constexpr size_t kExceptionBytes = 6;     // u16 index in the block, u32 word
 
+inline constexpr uint32_t kMaxBlockBytes = 1 << 20;  // of a block's payload
 inline constexpr uint64_t kMaxCount = uint64_t{1} << 40;  // weights in a frame
 
 // A frame may be read this far past its end: the hot loops check bounds once a tile, not once a weight.

@@ -14,6 +14,7 @@
 #include "block.h"
 #include "codec.h"
 #include "format.h"
+#include "weight.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -88,9 +89,10 @@ inline size_t head_bytes(uint32_t tables, uint32_t runs, uint32_t blocks) {
     return directory_at(tables, runs) + size_t{blocks} * sizeof(BlockEntry);
 }
 
-// The most bytes of a block's payload.
+// The most bytes of a block's payload that encode makes.
 inline constexpr size_t kBlockBound = sizeof(BlockHeader) + 2 * kBlockTiles + kLowBound + zero_bytes(kBlock) +
                                kExceptionBound + kBlockStreams * 3 + kBlock * kCodeBits / 8 + 64;
+static_assert(kBlockBound <= kMaxBlockBytes);
 
 template <class T>
 T read_at(const uint8_t* p) {
@@ -111,6 +113,26 @@ inline uint32_t head_crc(const uint8_t* head, size_t bytes) {
     crc = crc32c(crc, &zero, sizeof zero);
     return crc32c(crc, head + field + sizeof zero, bytes - field - sizeof zero);
 }
+
+inline bool checksum_matters() {
+#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
+    return false;  // a fuzzer could not get past one
+#else
+    return true;
+#endif
+}
+
+inline BlockEntry entry_of(const uint8_t* head, const FrameHeader& header, uint64_t block) {
+    return read_at<BlockEntry>(head + directory_at(header.tables, header.runs) + block * sizeof(BlockEntry));
+}
+
+inline void read_lengths(const uint8_t* head, uint32_t table, uint8_t lengths[kSymbols]) {
+    const uint8_t* packed = head + sizeof(FrameHeader) + table * kLengthBytes;
+    for (size_t s = 0; s < kSymbols; ++s) lengths[s] = packed[s / 2] >> (s % 2 * 4) & 15;
+}
+
+// Steps from 2^-126 to 2^126: they and their inverses are normal. By their bits, for a thread may take subnormals for 0.
+inline bool valid_step(float step) { return bits_of(step) >= 0x00800000u && bits_of(step) <= 0x7e800000u; }
 
 inline bool references_missing(Predictor predictor, const uint32_t* a, const uint32_t* b) {
     return (predictor != Predictor::none && a == nullptr) || (predictor == Predictor::linear && b == nullptr);

@@ -15,6 +15,7 @@ MAGIC = int.from_bytes(b"NFRM", "little")
 VERSION = 1
 BLOCK, TILE, STREAM_TILES = 65536, 512, 4  # weights of a block, weights of a tile, tiles of a stream
 MAX_COUNT = 2**40
+MAX_BLOCK_BYTES = 2**20
 SLACK = 4096  # no stream reads further past its end
 CODE_BITS, SYMBOLS, MAX_TABLES = 11, 256, 4
 ZERO_BITS = 27  # the field of a weight in cell 0

@@ -113,7 +113,8 @@ def _parse_head(head: Bytes) -> _Frame:
         head[directory_at:head_bytes].view(form.ENTRY),
         head_bytes,
     )
-    if not _valid_runs(frame.runs) or frame.offset(int(header["blocks"])) != header["bytes"]:
+    small = np.all(frame.directory["bytes"] <= form.MAX_BLOCK_BYTES)
+    if not small or not _valid_runs(frame.runs) or frame.offset(int(header["blocks"])) != header["bytes"]:
         raise CodecError("a header field outside its limits")
     return frame
 
@@ -136,9 +137,9 @@ def _valid_header(header: np.void) -> bool:
 
 def _valid_runs(runs: NDArray[np.void]) -> bool:
     steps = np.ascontiguousarray(runs["step"])
-    positive = (steps > 0) & (steps < 0x7F800000)
+    normal = (steps >= 0x00800000) & (steps <= 0x7E800000)  # 2^-126 .. 2^126, and so are the inverses
     rising = np.diff(runs["first_tile"].astype(np.int64)) > 0
-    return bool(np.all(positive) and np.all(form.finite(form.narrow(form.inverse(steps)))) and np.all(rising))
+    return bool(np.all(normal) and np.all(rising))
 
 
 # Decoding
