@@ -157,6 +157,9 @@ def test_an_empty_trajectory(here: Path, capsys: Capture) -> None:
     assert done(["verify", "t.nacd"], capsys) == "t.nacd: 0 snapshots, every checksum right\n"
     write(Path("none.nacd"), [0], {})
     assert json.loads(done(["inspect", "none.nacd", "--json"], capsys))["snapshots"][0]["ratio"] == 0
+    for name, least in (("t.nacd", 1), ("none.nacd", 4)):
+        console = Console(width=200, force_terminal=True, file=io.StringIO())
+        assert len(render(read_contents(Path(name)), console).splitlines()) >= least
 
 
 # verify
