@@ -227,7 +227,7 @@ class Matcher:
 
     def read(self, draw: Draw) -> Ready:
         segment = draw.segment
-        start, target = self.stores[segment.expert].read_pair(segment.start, segment.target)
+        start, target = self.stores[segment.expert].read_pair(segment.start, segment.target, device=self.student.device)
         return Ready(draw, self.student.flatten(start), self.student.flatten(target))
 
     def ahead(self, learned: Learned) -> Prefetch[Draw, Ready]:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import codec_cuda
 from ..codec import BLOCK
 from ..errors import InputError
 from .bounds import by_name, from_table
 from .decoder import Decoder, FrameCache
+from .device import DeviceDecoder
 from .index import Index, open_name, read_index
 from .layout import GROUP, frames_to
 from .prefetch import Prefetch
@@ -39,6 +41,7 @@ class TrajectoryStore:
         # a file whose schema was not written to its end holds nothing
         self.schema = self.index.schema or Schema({}, "float32", "hierarchical", GROUP, 0.0)
         self.decoder = Decoder(self.index, self.schema, FrameCache(cache_bytes), threads)
+        self.on_devices: dict[torch.device, DeviceDecoder] = {}
 
     def __enter__(self) -> "TrajectoryStore":
         return self
@@ -100,14 +103,20 @@ class TrajectoryStore:
 
         tensors: names, or what names begin with; only the blocks that hold them are decoded. out is filled: a flat
         tensor of all that is read, or a tensor by name. Without it: on `device`, as `dtype` (default: the CPU, as they
-        are stored). base_only: approximate, from fewer bytes.
+        are stored); a whole snapshot for a GPU is decoded there. base_only: approximate, from fewer bytes.
         """
         self.check_step(step)
         names = self._select(tensors)
         sizes = [self.schema.slices[name].stop - self.schema.slices[name].start for name in names]
         if isinstance(out, Tensor) and (device is not None or dtype is not None or list(out.shape) != [sum(sizes)]):
             raise InputError(f"out of shape {list(out.shape)}: must be [{sum(sizes)}], without device and dtype")
-        flat = to_flat(self._words(step, names, out, base_only), self.schema)
+        gpu = (
+            None if device is None or out is not None or names != list(self.shapes) else self._on(torch.device(device))
+        )
+        if gpu is not None:
+            flat = gpu.flat(step, base_only=base_only)
+        else:
+            flat = to_flat(self._words(step, names, out, base_only), self.schema)
         if isinstance(out, Tensor):
             flat = out if flat.data_ptr() == out.data_ptr() else out.copy_(flat)
         elif device is not None or dtype is not None:
@@ -123,15 +132,17 @@ class TrajectoryStore:
         self.check_step(step)
         return self._words(step, list(self.shapes), None, False)
 
-    def read_pair(self, t: int, t_end: int) -> Pair:
+    def read_pair(self, t: int, t_end: int, *, device: torch.device | str | None = None) -> Pair:
         """The snapshots of a matching segment: its start and its target."""
         self.check_step(t)
         self.check_step(t_end)
-        return self.read(t), self.read(t_end)
+        return self.read(t, device=device), self.read(t_end, device=device)
 
-    def prefetch(self, pairs: Iterable[tuple[int, int]], depth: int = 2) -> Prefetch[tuple[int, int], Pair]:
+    def prefetch(
+        self, pairs: Iterable[tuple[int, int]], depth: int = 2, *, device: torch.device | str | None = None
+    ) -> Prefetch[tuple[int, int], Pair]:
         """Iterates over read_pair of each pair, read in a thread that is at most `depth` pairs ahead."""
-        return Prefetch(lambda pair: self.read_pair(*pair), pairs, depth)
+        return Prefetch(lambda pair: self.read_pair(*pair, device=device), pairs, depth)
 
     def verify(self) -> None:
         """Decode every frame. Raises InputError for the first snapshot whose bytes are damaged."""
@@ -139,6 +150,12 @@ class TrajectoryStore:
         for step in self.steps:
             decoder.check_record(step)
             decoder.words(step)
+
+    def _on(self, device: torch.device) -> DeviceDecoder | None:
+        """What decodes on that device; None where the CPU does."""
+        if device.type != "cuda" or not codec_cuda.available(device):
+            return None
+        return self.on_devices.setdefault(device, DeviceDecoder(self.decoder, device, self.decoder.cache.limit))
 
     def _select(self, tensors: Sequence[str] | None) -> list[str]:
         """Names, sorted, each once."""
