@@ -1,11 +1,13 @@
 // Any bytes as a frame: its head, then its blocks against references that the input asks for. Nothing outside the
-// payload and its slack is read, nothing outside dst written, both kernels agree, a block alone is as in the whole frame.
+// payload and its slack is read, nothing outside dst written, both kernels agree, a block alone is as in the whole frame,
+// and what the GPU's decoder does not refuse, it decodes to the same.
 //
 // Input: the frame, then its options.
 #include <algorithm>
 #include <vector>
 
 #include "../codec.h"
+#include "../codec_cuda.h"
 #include "../weight.h"
 #include "fuzz.h"
 
@@ -102,9 +104,19 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const Status whole = decode_copy(frame, info, offset, 0, info.header.blocks, run, options, &words, &n);
     const Status vector = decode_copy(frame, info, offset, 0, info.header.blocks, run, fast, &other, &m);
     FUZZ_CHECK(n == count && m == count);
-    if (run.finite || info.header.predictor != static_cast<uint8_t>(Predictor::linear)) {
+    const bool defined = run.finite || info.header.predictor != static_cast<uint8_t>(Predictor::linear);
+    if (defined) {
         FUZZ_CHECK(whole == vector);
         FUZZ_CHECK(whole != Status::ok || std::equal(words.get(), words.get() + n, other.get()));
+    }
+    const auto payload = exactly<uint8_t>(info.header.bytes - info.head_bytes);
+    std::memcpy(payload.get(), frame + info.head_bytes, info.header.bytes - info.head_bytes);
+    const Status emulated = gpu::decode_emulated(frame, info, payload.get(), info.header.bytes - info.head_bytes, 0,
+                                                 info.header.blocks, run.a.get(), run.b.get(), other.get(),
+                                                 options.base_only && !options.verify);
+    if (emulated == Status::ok && whole != Status::bad_words && whole != Status::bad_argument) {
+        FUZZ_CHECK(whole == Status::ok);
+        FUZZ_CHECK(!defined || std::equal(words.get(), words.get() + n, other.get()));
     }
     if (info.header.blocks == 0) return 0;
     const uint64_t one = first % info.header.blocks;
