@@ -15,7 +15,7 @@
 The trajectories are those of bench/trajectories.py, which makes what is missing: minutes of training; smollm2 needs its
 wheel. A frame's rows come twice: with the allocator as every program finds it, and, `memory kept`, with a glibc told to
 keep freed memory, where a peer that allocates its output anew for each call never meets fresh pages. --quick measures a
-small random walk instead. On a GPU: decoding there beside decoding here and copying.
+small random walk instead. With --device cuda: decoding there beside decoding here and copying, decode_speed_cuda.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import torch
 from timing import Rows, interleaved, median_ratio
 from torch import Tensor
 
-from nacd_fast import codec
+from nacd_fast import codec, codec_cuda
 from nacd_fast.store import TrajectoryStore, TrajectoryWriter
 
 Snapshots = dict[int, dict[str, Tensor]]
@@ -142,6 +142,31 @@ def measure_threads(rows: Rows, case: str, snapshots: Snapshots, rounds: int) ->
     rows.add(case, "decode_two_threads", median_ratio(seconds["one"], seconds["two"]), "x", "one thread")
 
 
+def measure_device(rows: Rows, device: torch.device, rounds: int) -> None:
+    """A frame of 8 M weights, from host memory to weights on the GPU: decoded there, or here and copied."""
+    if reason := codec_cuda.missing(device):
+        sys.exit(f"--device {device}: {reason}")
+    before, now = (flat(tensors) for tensors in random_walk(2, 2_000_000).values())
+    frame = np.append(codec.encode(now, (before,)).data, np.zeros(codec.SLACK, np.uint8))
+    reference = torch.from_numpy(before.view(np.int32)).to(device)
+    there, out = codec_cuda.upload(frame, device), torch.empty(len(now), dtype=torch.int32, pin_memory=True)
+
+    def copied() -> Tensor:
+        codec.decode(frame, (before,), out=out.numpy().view(np.uint32))
+        return out.to(device, non_blocking=True)
+
+    contestants: dict[str, Callable[[], Tensor]] = {
+        "decoded there": lambda: codec_cuda.decode_cuda(codec_cuda.upload(frame, device), (reference,)),
+        "decoded there, frame resident": lambda: codec_cuda.decode_cuda(there, (reference,)),
+        "decoded here, copied": copied,
+    }
+    for name, work in contestants.items():
+        if not torch.equal(work().cpu(), torch.from_numpy(now.view(np.int32))):
+            sys.exit(f"{name}: the decoded weights differ; nothing is reported")
+    for name, seconds in interleaved(contestants, rounds, device, warmup=3).items():
+        rows.add("8 M weights", "decode_speed_cuda", now.nbytes / 1e6 / statistics.median(seconds), "MB/s", name)
+
+
 def measure_store(rows: Rows, case: str, snapshots: Snapshots, rounds: int) -> None:
     """Appending, and reading pairs in a shuffled order as matching does: from frames, and from safetensors files."""
     from safetensors.torch import load_file, save_file
@@ -205,6 +230,8 @@ def main() -> None:
             measure_frame(rows, case, snapshots)
         measure_threads(rows, case, snapshots, rounds)
         measure_store(rows, case, snapshots, rounds if args.quick else 5)
+    if device.type == "cuda":
+        measure_device(rows, device, rounds)
     rows.write(args.json)
 
 
