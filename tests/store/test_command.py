@@ -356,6 +356,29 @@ def test_a_killed_convert_leaves_nothing_that_looks_finished(
     assert kills[False] >= 3 and kills[True] >= 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "synced"),
+    [("t.nacd made", ["step00000090.safetensors", "step00000100.safetensors", "made.part"]), ("folder made.nacd", [])],
+)
+def test_what_was_made_is_on_the_disk_before_it_has_its_name(
+    path: Path, folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, arguments: str, synced: list[str]
+) -> None:
+    calls, fsync, rename = list[str](), os.fsync, os.rename
+
+    def told_fsync(file: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+        fsync(file)
+
+    def told_rename(old: Path, new: Path) -> None:
+        calls.append("rename")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", told_fsync)
+    monkeypatch.setattr(os, "rename", told_rename)
+    done(["convert", *arguments.split()], capsys)
+    assert calls[-2 - len(synced) :] == [*synced, "rename", Path.cwd().name]
+
+
 def assert_complete(made: Path) -> None:
     if made.is_dir():
         assert [load_file(p).keys() for p in made.iterdir()] == [snapshot(0).keys()] * 11
