@@ -51,8 +51,6 @@ def check_name(target: Path, suffix: str, why: str) -> None:
 
 def to_tensors(source: Path, target: Path, step: int | None) -> str:
     with TrajectoryStore(source) as store:
-        if step is not None:
-            store.check_step(step)
         chosen = store.steps if step is None else [step]
         size = weight_bytes(store.schema)
         with made_beside(target) as part, byte_bar("convert", len(chosen)) as advance:

@@ -145,7 +145,7 @@ def test_inspect_on_a_terminal_keeps_figures_whole(path: Path, width: int) -> No
 
 
 def test_what_reads_the_output_may_stop(path: Path) -> None:
-    found = as_process(f"{{ $nacd inspect {path}; echo $? >&2; }} | true")
+    found = as_process(f"{{ $nacd inspect {path}; echo $? >&2; }} | true", PYTHONUNBUFFERED="")
     assert found.stderr == "141\n"
 
 
