@@ -94,8 +94,7 @@ struct DecodeOptions {
 Status decode(const uint8_t* head, const FrameInfo& info, const uint8_t* payload, size_t payload_bytes, uint64_t first,
               uint64_t blocks, const uint32_t* a, const uint32_t* b, uint32_t* dst, const DecodeOptions& options) noexcept;
 
-// The largest error of decode with base_only, over the frame's blocks in `payload` as above; 0 where all is exact,
-// infinity where a tile has no base layer (integer tiles).
+// The largest error of decode with base_only, over the frame's blocks in `payload` as above; 0 where all is exact.
 Status base_error(const uint8_t* head, const FrameInfo& info, const uint8_t* payload, size_t payload_bytes,
                   uint64_t first, uint64_t blocks, double* error) noexcept;
 

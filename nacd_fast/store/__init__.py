@@ -7,7 +7,8 @@
     decoder.py   frames -> words, references first
     bounds.py    the bounded-error mode
     files.py     writes that last
-    writer.py, reader.py, prefetch.py
+    writer.py, reader.py, prefetch.py, device.py
+    command.py, table.py, convert.py    `nacd store`
 
 The codec of one frame is nacd_fast/codec.py; csrc/FORMAT.md describes every byte.
 """

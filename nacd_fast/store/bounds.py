@@ -63,7 +63,10 @@ def from_table(table: NDArray[np.uint8], schema: Schema) -> Bounds:
         return np.zeros(len(schema.tensors), np.float32)
     if len(table) != 4 * len(schema.tensors):
         raise ValueError(f"{len(table)} bytes of bounds for {len(schema.tensors)} tensors")
-    return table.view("<f4").astype(np.float32)
+    bounds = table.view("<f4").astype(np.float32)
+    if not np.all((bounds >= 0) & (bounds < LARGEST)):
+        raise ValueError("bounds that are no sizes of errors")
+    return bounds
 
 
 def by_name(bounds: Bounds, schema: Schema) -> Mapping[str, float]:

@@ -86,10 +86,7 @@ def verify_all(paths: Sequence[Path]) -> None:
 
 def verify(path: Path) -> str:
     with TrajectoryStore(path) as store, byte_bar(f"verify {path.name}", len(store)) as advance:
-        for step in store.steps:
-            store.decoder.check_record(step)
-            store.decoder.words(step)  # decoded by now, for this snapshot or for one that is coded against it
-            advance(weight_bytes(store.schema))
+        store.verify(lambda step: advance(weight_bytes(store.schema)))
         rest = unfinished_bytes(store)
         return (
             f"{path}: {number(len(store), 'snapshot')}, every checksum right{'; ' + unfinished(rest) if rest else ''}"

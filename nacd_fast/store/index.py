@@ -75,6 +75,8 @@ class Index:
 
 
 def open_name(path: Path) -> Path:
+    if not path.name:
+        raise InputError(f"{path}: a folder, must be a trajectory file")
     return path.with_name(path.name + ".open")
 
 

@@ -5,7 +5,7 @@ names the file and the step; no check is left to the caller.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -144,12 +144,13 @@ class TrajectoryStore:
         """Iterates over read_pair of each pair, read in a thread that is at most `depth` pairs ahead."""
         return Prefetch(lambda pair: self.read_pair(*pair, device=device), pairs, depth)
 
-    def verify(self) -> None:
-        """Decode every frame. Raises InputError for the first snapshot whose bytes are damaged."""
+    def verify(self, done: Callable[[int], object] = lambda step: None) -> None:
+        """Decode every frame; `done(step)` is called after each. Raises InputError for the first damaged snapshot."""
         decoder = Decoder(self.index, self.schema, FrameCache(self.decoder.cache.limit), self.decoder.threads)
         for step in self.steps:
             decoder.check_record(step)
             decoder.words(step)
+            done(step)
 
     def _on(self, device: torch.device) -> DeviceDecoder | None:
         """What decodes on that device; None where the CPU does."""

@@ -116,6 +116,9 @@ def test_a_table_that_does_not_fit(tmp_path: Path) -> None:
     assert from_table(np.empty(0, np.uint8), schema).tolist() == [0, 0]
     with pytest.raises(ValueError, match="7 bytes of bounds for 2 tensors"):
         from_table(np.zeros(7, np.uint8), schema)
+    for bad in (np.nan, np.inf, -1e-3):
+        with pytest.raises(ValueError, match="no sizes of errors"):
+            from_table(np.array([1e-3, bad], "<f4").view(np.uint8), schema)
 
 
 def test_a_changed_bound_is_found(tmp_path: Path) -> None:

@@ -324,3 +324,8 @@ def test_an_open_store_outlives_a_seal(tmp_path: Path) -> None:
             for step in store.steps:
                 assert_same_bits(store.read(step), snapshot(step))
     assert store.shapes == {name: list(shape) for name, shape in sorted(SHAPES.items())}
+
+
+def test_a_path_without_a_name() -> None:
+    with pytest.raises(InputError, match="a folder, must be a trajectory file"):
+        TrajectoryStore(Path("."))
