@@ -2,7 +2,8 @@
 
 Packages are named one by one: only nacd_fast and nacd_kernels are installed, never `kernels`, `tests` or `bench`.
 CMake builds nacd_fast/_codec and, where there is an nvcc, nacd_fast/_codec_cuda; where that fails, the build says so
-and goes on without it. NACD_NATIVE=0 leaves both out, NACD_CUDA=0 the second.
+and goes on without it. NACD_NATIVE=0 leaves both out, NACD_CUDA=0 the second; NACD_NATIVE=require makes a failure an
+error.
 """
 
 import os
@@ -40,6 +41,8 @@ class CMakeBuild(build_ext):
         try:
             build_native(Path(self.build_temp).resolve(), target, ext.name.rpartition(".")[2])
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
+            if os.environ.get("NACD_NATIVE") == "require":
+                raise
             print(
                 f"WARNING: {ext.name} is not built ({error}); {WITHOUT[ext.name]}",
                 file=sys.stderr,
@@ -48,7 +51,7 @@ class CMakeBuild(build_ext):
 
 
 def build_native(build: Path, target: Path, module: str) -> None:
-    """Run CMake in `build`; the module lands in `target`. Raises where a tool is missing or fails."""
+    """Run CMake in a folder of the module's own in `build`; the module lands in `target`. Raises where a tool fails."""
     import nanobind
 
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
@@ -60,6 +63,7 @@ def build_native(build: Path, target: Path, module: str) -> None:
         raise FileNotFoundError("cmake: command not found")
     ninja = shutil.which("ninja", path=path)
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    build = build / module
     build.mkdir(parents=True, exist_ok=True)
     subprocess.run(
         [
@@ -73,6 +77,7 @@ def build_native(build: Path, target: Path, module: str) -> None:
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dnanobind_ROOT={nanobind.cmake_dir()}",
             f"-DNACD_MODULE_DIR={target}",
+            f"-DNACD_CUDA={'ON' if module == '_codec_cuda' else 'OFF'}",  # an nvcc that fails costs nothing else
         ],
         check=True,
         env={**os.environ, "PATH": path},

@@ -190,10 +190,26 @@ Status choose_tables(const Kernels& isa, const int8_t* symbols, std::vector<Bloc
     return Status::ok;
 }
 
-// In bounded-error mode the words that a reader will see are not those that came in: their checksum needs a decoder.
+// Whether each decoded word is its weight, or within its tile's tolerance of it.
+bool all_within(const EncodeOptions& options, size_t first_tile, const uint32_t* words, const uint32_t* decoded,
+                size_t count) {
+    for (size_t begin = 0; begin < count; begin += kTile) {
+        const StepRequest* run = run_at(options.runs, options.run_count, first_tile + begin / kTile);
+        const double tolerance = run == nullptr ? 0 : static_cast<double>(run->tolerance);
+        for (size_t i = begin; i < std::min(count, begin + kTile); ++i) {
+            if (decoded[i] == words[i]) continue;
+            const double error = static_cast<double>(float_of(decoded[i])) - static_cast<double>(float_of(words[i]));
+            if (tolerance == 0 || !(std::fabs(error) <= tolerance)) return false;
+        }
+    }
+    return true;
+}
+
+// In bounded-error mode the words that a reader will see are not those that came in: their checksum, and the promise that
+// every one is within its bound, need a decoder.
 template <class Place>
 Status checksum_decoded(const Kernels& isa, const EncodeOptions& options, const FrameHeader& header,
-                        const Tables& codes, const uint32_t* a, const uint32_t* b, const Place& place,
+                        const Tables& codes, const uint32_t* words, const uint32_t* a, const uint32_t* b, const Place& place,
                         std::vector<BlockState>& states) {
     std::vector<StepRun> runs;
     std::vector<TableEntry> tables;
@@ -216,8 +232,10 @@ Status checksum_decoded(const Kernels& isa, const EncodeOptions& options, const 
         if (status == Status::ok)
             status = isa.decode_block(frame, view, i * kBlockTiles, a == nullptr ? nullptr : a + at,
                                       b == nullptr ? nullptr : b + at, scratch.words.data());
+        if (status != Status::ok) return status;
+        if (!all_within(options, i * kBlockTiles, words + at, scratch.words.data(), count)) return Status::bad_words;
         states[i].words_crc = crc32c(0, scratch.words.data(), count * 4);
-        return status;
+        return Status::ok;
     });
 }
 
@@ -317,7 +335,7 @@ Status encode(const uint32_t* words, const uint32_t* a, const uint32_t* b, uint6
 
     FrameHeader header{kFrameMagic, kFrameVersion, static_cast<uint8_t>(options.predictor), options.zero_bits, count,
                        0, frame.alpha, static_cast<uint32_t>(blocks), runs, tables.count, 0, 0};
-    if (options.run_count > 0) status = checksum_decoded(*isa, options, header, tables, a, b, place, states);
+    if (options.run_count > 0) status = checksum_decoded(*isa, options, header, tables, words, a, b, place, states);
     if (status != Status::ok) return status;
 
     const size_t head_size = head_bytes(tables.count, runs, static_cast<uint32_t>(blocks));
