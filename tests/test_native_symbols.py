@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OBJECTS = sorted(ROOT.glob("build/temp.*/CMakeFiles/nacd_kernels_avx2.dir/csrc/*.o"))
+OBJECTS = sorted(ROOT.glob("build/temp.*/_codec/CMakeFiles/nacd_kernels_avx2.dir/csrc/*.o"))
 EXPORTED = "TDBRCVWui"  # nm's letters for what other objects see
 
 

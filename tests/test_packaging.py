@@ -138,7 +138,8 @@ def test_native_module_of_another_version_is_an_error(monkeypatch: pytest.Monkey
         native.load()
 
 
-def test_build_goes_on_without_a_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["1", "require"])
+def test_build_goes_on_without_a_compiler_unless_told(tmp_path: Path, asked: str) -> None:
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tmp_path / name)
     for folder in ("csrc", "kernels", "nacd_fast"):
@@ -146,11 +147,33 @@ def test_build_goes_on_without_a_compiler(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=tmp_path,
-        env={**os.environ, "CXX": "/nonexistent/c++"},
+        env={**os.environ, "CXX": "/nonexistent/c++", "NACD_NATIVE": asked},
         capture_output=True,
         text=True,
     )
+    assert not list((tmp_path / "nacd_fast").glob("_codec*.so"))
+    if asked == "require":
+        assert done.returncode != 0
+        return
     assert done.returncode == 0, done.stderr
     assert "WARNING: nacd_fast._codec is not built" in done.stderr
     assert "Python reference" in done.stderr
-    assert not list((tmp_path / "nacd_fast").glob("_codec*.so"))
+
+
+NVCC_OF_OLD = """#!/bin/sh
+echo "nvcc fatal: Unsupported gpu architecture" >&2
+exit 1
+"""
+
+
+def test_an_nvcc_that_fails_costs_only_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configuring is where it would end; what is configured builds without it."""
+    nvcc, run = tmp_path / "nvcc", subprocess.run
+    nvcc.write_text(NVCC_OF_OLD)
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: "--build" in command or run(command, **kwargs))
+    build = runpy.run_path(str(ROOT / "setup.py"))["build_native"]
+    build(tmp_path, tmp_path, "_codec")
+    with pytest.raises(subprocess.CalledProcessError):
+        build(tmp_path, tmp_path, "_codec_cuda")
