@@ -155,7 +155,7 @@ def crc32c(data: Bytes, crc: int = 0) -> int:
 
 
 def backend() -> str:
-    """What encodes and decodes, for logs and reports."""
+    """What encodes and decodes, for logs and reports: avx2, portable, or reference, NumPy without the native module."""
     core, isa = _core()
     return isa or core.kernels()
 

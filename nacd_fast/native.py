@@ -16,10 +16,3 @@ def load(module_name: str = "_codec") -> ModuleType | None:
     if module.version() != __version__:
         raise ImportError(f"{name} is version {module.version()}, must be {__version__}; run `make build`")
     return module
-
-
-def explain() -> str:
-    """One line for logs and reports: what the codec runs on."""
-    if load() is None:
-        return "codec: Python reference (the native module was not built; `make build` needs a C++20 compiler)"
-    return f"codec: native module {__version__}"

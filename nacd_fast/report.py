@@ -24,7 +24,7 @@ import yaml
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
-from . import comparison, plots
+from . import codec, codec_cuda, comparison, plots
 from .artifacts import read_json, write_atomic
 from .comparison import TRANSFER, interval, label, number
 from .config import EvaluateConfig
@@ -242,6 +242,7 @@ def environment() -> dict[str, str]:
     gpu = torch.cuda.is_available()
     found["Device"] = torch.cuda.get_device_name() if gpu else f"CPU, {cpu_name()}"
     found["Backend"] = BACKEND
+    found["Trajectories"] = codec.backend() + (f"; {codec_cuda.explain()}" if gpu else "")
     found["Threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     found["System"] = f"{platform.system()} {platform.machine()}"
     return found

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import nacd_fast
-from nacd_fast import native
+from nacd_fast import codec, native
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
@@ -122,13 +122,12 @@ def test_native_module_has_the_packages_version() -> None:
         pytest.skip("no compiler, so no native module")
     assert module is not None, "there is a compiler, but no native module: run `make build`"
     assert module.version() == nacd_fast.__version__
-    assert native.explain() == f"codec: native module {nacd_fast.__version__}"
 
 
 def test_without_native_module_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "find_spec", lambda name: None)
     assert native.load() is None
-    assert native.explain().startswith("codec: Python reference (the native module was not built")
+    assert codec.backend() == "reference (the native module was not built)"
 
 
 def test_native_module_of_another_version_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
