@@ -6,7 +6,10 @@
                               lossy snapshot on; bounded_ratio_with_first counts the exact first one, too
     ratio_over_<peer>         one frame, the snapshot before given: our ratio over the peer's
     decode_over_<peer>, encode_over_<peer>
-                              the same frame, one thread: our speed over the peer's, in CPU time
+                              the same frame, one thread: our speed over the peer's, in CPU time; as the store decodes,
+                              with checksums of the bytes and of the decoded words (the peers compare none)
+    decode_unverified_over_<peer>
+                              without the second
     decode_two_threads        speed of two threads over one, in wall time
     read_pair, append         milliseconds a pair of snapshots, and a snapshot made durable
 
@@ -105,6 +108,9 @@ def measure_frame(rows: Rows, case: str, snapshots: Snapshots) -> None:
         return codec.encode(words, (previous,)).data.tobytes()
 
     def decode(blob: bytes) -> codec.Words:
+        return codec.decode(padded(blob), (previous,), out=out, verify=True)
+
+    def decode_unverified(blob: bytes) -> codec.Words:
         return codec.decode(padded(blob), (previous,), out=out)
 
     room: dict[bytes, codec.Bytes] = {}
@@ -114,7 +120,10 @@ def measure_frame(rows: Rows, case: str, snapshots: Snapshots) -> None:
             room[blob] = np.frombuffer(blob + bytes(codec.SLACK), np.uint8)
         return room[blob]
 
-    ours = {"ours": Peer(encode, decode, lambda decoded: decoded)}
+    ours = {
+        "ours": Peer(encode, decode, lambda decoded: decoded),
+        "ours, words unverified": Peer(encode, decode_unverified, lambda decoded: decoded),
+    }
     for keep in (False, True):
         found = measure({**ours, **peers(tensors, snapshots[steps[index - 1]])}, tensors, keep=keep)
         name = f"{case}, memory kept" if keep else case
@@ -127,6 +136,8 @@ def measure_frame(rows: Rows, case: str, snapshots: Snapshots) -> None:
             rows.add(name, f"ratio_over_{peer}", found["ours"].ratio / found[peer].ratio, "x", peer)
         for peer in PEERS:
             rows.add(name, f"decode_over_{peer}", median_ratio(found[peer].decode, found["ours"].decode), "x", peer)
+            unverified = median_ratio(found[peer].decode, found["ours, words unverified"].decode)
+            rows.add(name, f"decode_unverified_over_{peer}", unverified, "x", peer)
             rows.add(name, f"encode_over_{peer}", median_ratio(found[peer].encode, found["ours"].encode), "x", peer)
 
 
@@ -136,7 +147,7 @@ def measure_threads(rows: Rows, case: str, snapshots: Snapshots, rounds: int) ->
     out = np.empty_like(words)
 
     def decode(threads: int) -> Callable[[], object]:
-        return lambda: codec.decode(frame, (previous,), out=out, threads=threads)
+        return lambda: codec.decode(frame, (previous,), out=out, threads=threads, verify=True)
 
     seconds = interleaved({"one": decode(1), "two": decode(2)}, rounds, torch.device("cpu"))
     rows.add(case, "decode_two_threads", median_ratio(seconds["one"], seconds["two"]), "x", "one thread")
