@@ -21,6 +21,10 @@ from .schema import Schema, Words
 HEAD_BYTES = 4096  # of a frame's head without its runs and its directory, at most
 
 
+class ChangedError(InputError):
+    """A writer has cut the file since its index was read: a snapshot may be elsewhere, or gone."""
+
+
 class FrameCache:
     """Decoded snapshots by step, at most `limit` bytes; the least recently used goes first, keys last. For threads."""
 
@@ -140,14 +144,16 @@ class Decoder:
 
 
 def read_into(data: Bytes, place: Place, offset: int) -> Bytes:
-    """Fill `data` from the place's file. Raises CodecError if its record is another by now."""
-    header = os.pread(place.file.fileno(), HEADER.size, place.record.offset)
-    if len(header) < HEADER.size or HEADER.unpack(header)[-1] != place.record.header_crc:
-        raise CodecError("the file was cut or changed while it was read")
-    done = 0
-    while done < len(data):
+    """Fill `data` from the place's file. Raises ChangedError unless the record was the index's when that was done."""
+    done, got = 0, 1
+    while done < len(data) and got:
         got = os.preadv(place.file.fileno(), [data[done:].data], offset + done)
-        if got == 0:
-            raise CodecError("the file was cut while it was read")
         done += got
+    # now and not before: a writer may cut the file and append another record while the bytes are read
+    header = os.pread(place.file.fileno(), HEADER.size, place.record.offset)
+    whole = done == len(data) and len(header) == HEADER.size
+    if not whole or HEADER.unpack(header)[-1] != place.record.header_crc:
+        raise ChangedError(
+            f"{place.path}: the snapshot of step {place.record.step}: the file was cut or changed while it was read"
+        )
     return data

@@ -326,6 +326,30 @@ def test_an_open_store_outlives_a_seal(tmp_path: Path) -> None:
     assert store.shapes == {name: list(shape) for name, shape in sorted(SHAPES.items())}
 
 
+def test_a_record_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another snapshot's record of the same size, in its place before its bytes are read: never that one's values."""
+    path, preadv = tmp_path / "t.nacd", os.preadv
+    with TrajectoryWriter(path) as writer:
+        writer.append(0, {"a": torch.tensor([1.0])})
+        writer.append(1, {"a": torch.tensor([1.5])})
+        waiting, sizes = [2], [writer.open_path.stat().st_size]
+
+        def late(*args: Any) -> int:
+            for step in waiting:
+                waiting.clear()
+                writer.truncate(0)
+                writer.append(step, {"a": torch.tensor([1.25])})
+                sizes.append(writer.open_path.stat().st_size)
+            return preadv(*args)
+
+        with TrajectoryStore(path) as store:
+            store.read(0)
+            monkeypatch.setattr(os, "preadv", late)
+            with pytest.raises(InputError, match=r"step 1: the file was cut or changed while it was read"):
+                store.read(1)
+        assert sizes[0] == sizes[1]
+
+
 def test_a_path_without_a_name() -> None:
     with pytest.raises(InputError, match="a folder, must be a trajectory file"):
         TrajectoryStore(Path("."))
