@@ -1,6 +1,8 @@
 """Reading ahead: in order, never too far, with the reader's exceptions, and over when its owner is done."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pytest
 from nacd_fast.errors import InputError
 from nacd_fast.store import TrajectoryStore
 from nacd_fast.store.prefetch import Prefetch
-from tests.store.snapshots import assert_same_bits, snapshot, write
+from tests.store.snapshots import WIDE, assert_same_bits, snapshot, write
 
 
 def settled(value: list[int], wanted: int) -> bool:
@@ -101,3 +103,22 @@ def test_the_thread_stops(how: str) -> None:
 def test_depth_must_be_positive() -> None:
     with pytest.raises(ValueError, match="depth=0, must be at least 1"):
         Prefetch(str, [], depth=0)
+
+
+@pytest.mark.parametrize("end", ["", "del ahead", "sys.exit(ahead is None)"])
+def test_a_process_may_end_while_it_reads_ahead(tmp_path: Path, end: str) -> None:
+    """A thread that comes back from native code when the interpreter is gone would abort the process."""
+    path = tmp_path / "t.nacd"
+    write(path, range(9), WIDE)
+    script = f"""
+import sys
+from itertools import repeat
+from pathlib import Path
+from nacd_fast.store import TrajectoryStore
+ahead = [TrajectoryStore(Path(sys.argv[1])).prefetch(repeat((3, 5)), 10**6) for _ in range(4)]
+for _ in ahead[0]:
+    break
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
