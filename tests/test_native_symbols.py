@@ -23,4 +23,6 @@ def test_nothing_but_the_kernels_can_be_linked(path: Path) -> None:
     symbols = [line[17:].split(" ", 1) for line in listed.splitlines()]
     seen = [name for kind, name in symbols if kind in EXPORTED]
     assert seen, listed
-    assert [name for name in seen if not name.startswith("nacd::avx2::")] == []
+    assert [
+        name for name in seen if "nacd::avx2::" not in name.split("(", 1)[0]
+    ] == []  # a template has its type before
