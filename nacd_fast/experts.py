@@ -18,12 +18,14 @@ from peft import PeftModel
 from .artifacts import open_stage, write_json
 from .config import DataConfig, ExpertConfig, ModelConfig
 from .data import Example, digest, encode_set
+from .errors import InputError
 from .store import TrajectoryWriter
 from .student import adapter_state, add_lora, load_model, max_positions, model_digest
 from .training import Observer, Samples, check_batch, check_lengths, data_settings, model_settings, train
 from .training import steps_per_epoch as steps_per_epoch  # of an expert, for the stages that read its trajectory
 
 TRAJECTORY = "trajectory.nacd"  # in an expert's folder
+SHOWN = 8  # steps in a message
 
 
 class Snapshots(Observer):
@@ -33,13 +35,25 @@ class Snapshots(Observer):
         self.writer, self.model, self.periods = writer, model, periods
 
     def begin(self, step: int) -> None:
+        """Raises InputError where a snapshot is missing that was made before the checkpoint at `step`."""
+        stored, path = set(self.writer.steps), self.writer.path
+        missing = [str(n) for n in range(step + 1) if step > 0 and self.due(n) and n not in stored]
+        if missing:
+            shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
+            raise InputError(
+                f"{path}: no snapshots of steps {shown}, which were made before step {step}, where training would go "
+                f"on: bring {path.name}.open back from where the folder was copied from, or delete {path.parent}"
+            )
         self.writer.truncate(step if step > 0 else -1)
         if step == 0:
             self.writer.append(0, adapter_state(self.model))
 
     def after(self, step: int) -> None:
-        if any(step % period == 0 for period in self.periods):
+        if self.due(step):
             self.writer.append(step, adapter_state(self.model))
+
+    def due(self, step: int) -> bool:
+        return any(step % period == 0 for period in self.periods)
 
 
 def total_steps(config: ExpertConfig, per_epoch: int) -> int:

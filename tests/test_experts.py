@@ -191,6 +191,29 @@ def test_bad_input_leaves_nothing(tmp_path: Path, model: ModelConfig, change: di
     assert not (tmp_path / "expert0").exists()
 
 
+def test_a_resume_without_its_open_snapshots(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "expert0"
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+
+    def work() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            KILLS["after a snapshot"](patch)
+            run(folder, model)
+
+    run_killed(work)
+    (folder / "trajectory.nacd.open").unlink()  # as if the folder had been copied without it
+    before = tree_digests(folder / "work")
+    with pytest.raises(InputError) as caught:
+        run(folder, model)
+    assert str(caught.value) == (
+        f"{folder}/trajectory.nacd: no snapshots of steps 0, 4, 6, which were made before step 7, where training would "
+        f"go on: bring trajectory.nacd.open back from where the folder was copied from, or delete {folder}"
+    )
+    assert tree_digests(folder / "work") == before
+
+
 def test_a_rate_that_blows_up(tmp_path: Path, model: ModelConfig) -> None:
     config = replace(CONFIG, optimizer="sgd", lr=1e30)
     with pytest.raises(NonFiniteError, match=r"^step 2: loss nan.*samples of the batch: x0-\d+, .*checkpoint-1$"):
