@@ -12,12 +12,13 @@ import numpy as np
 
 from .. import codec
 from ..codec import BLOCK, SLACK, TILE, CodecError
-from ..codec_format import ENTRY
+from ..codec_format import BLOCK_HEADER, ENTRY
 from ..errors import InputError
 from .index import Index, Place
 from .records import HEADER, Bytes
 from .schema import Schema, Words
 
+LEAST_BLOCK_BYTES = ENTRY.itemsize + BLOCK_HEADER.itemsize  # in its frame, without the modes: a byte a tile
 HEAD_BYTES = 4096  # of a frame's head without its runs and its directory, at most
 
 
@@ -108,7 +109,8 @@ class Decoder:
         Raises CodecError unless it is the frame that the index means.
         """
         record, count = place.record, self.schema.count
-        if record.frame_bytes > 8 * count + 2**16 + 2**10 * len(self.all):
+        least = LEAST_BLOCK_BYTES * len(self.all) + -(-count // TILE)  # before anyone makes room for the weights
+        if not least <= record.frame_bytes <= 8 * count + 2**16 + 2**10 * len(self.all):
             raise CodecError(f"{record.frame_bytes} bytes for {count} weights")
         frame = np.empty(record.frame_bytes + SLACK, np.uint8)  # what is not read takes no memory
         most = HEAD_BYTES + 8 * -(-count // TILE) + ENTRY.itemsize * len(self.all)

@@ -175,10 +175,8 @@ class TrajectoryStore:
         if len(names) == len(self.shapes):
             direct = isinstance(out, Tensor) and out.device.type == "cpu" and out.dtype == torch.float32
             if direct and isinstance(out, Tensor) and out.is_contiguous() and not self.schema.zero_bits:
-                words = out.detach().view(torch.int32).numpy().view(np.uint32)
-            else:
-                words = np.empty(self.schema.count, np.uint32)
-            return self._whole(step, words, base_only)
+                return self._whole(step, base_only, out.detach().view(torch.int32).numpy().view(np.uint32))
+            return self._whole(step, base_only)
         pieces: dict[str, Words] = {}
         for blocks, held in runs_of_blocks({name: self.schema.slices[name] for name in names}):
             decoded, first = self.decoder.decode(step, blocks, base_only=base_only), blocks.start * BLOCK
@@ -187,14 +185,20 @@ class TrajectoryStore:
                 pieces[name] = decoded[place.start - first : place.stop - first]
         return np.concatenate([np.empty(0, np.uint32), *(pieces[name] for name in names)])
 
-    def _whole(self, step: int, words: Words, base_only: bool) -> Words:
-        """All words of the snapshot, in `words`. Keys are kept in the cache; other snapshots if others need them."""
+    def _whole(self, step: int, base_only: bool = False, out: Words | None = None) -> Words:
+        """All words of the snapshot, in `out` or memory of their own, which is asked for when the frame was checked.
+
+        Keys are kept in the cache; other snapshots if others need them.
+        """
         decoder = self.decoder
         is_key = not self.index.frames[step].record.references
         if base_only or (not is_key and decoder.cache.get(step) is None):
-            return decoder.decode(step, decoder.all, words, base_only=base_only)
-        words[:] = decoder.words(step)
-        return words
+            return decoder.decode(step, decoder.all, out, base_only=base_only)
+        words = decoder.words(step)
+        if out is None:
+            return words.copy()
+        out[:] = words
+        return out
 
 
 def runs_of_blocks(places: Mapping[str, slice]) -> Iterator[tuple[range, list[str]]]:

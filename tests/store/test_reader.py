@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from nacd_fast import codec
 from nacd_fast.errors import InputError
 from nacd_fast.store import TrajectoryStore, TrajectoryWriter, reader
 from nacd_fast.store.decoder import FrameCache
+from nacd_fast.store.files import write_at
 from nacd_fast.store.index import read_index
 from nacd_fast.store.reader import runs_of_blocks
+from nacd_fast.store.records import FRAME, SCHEMA, SEAL, pack
+from nacd_fast.store.schema import Schema
 from tests.store.snapshots import SHAPES, WIDE, assert_holds, assert_same_bits, snapshot, write
 
 
@@ -348,6 +352,24 @@ def test_a_record_that_is_replaced_while_it_is_read(tmp_path: Path, monkeypatch:
             with pytest.raises(InputError, match=r"step 1: the file was cut or changed while it was read"):
                 store.read(1)
         assert sizes[0] == sizes[1]
+
+
+def test_weights_that_no_frame_of_its_size_holds(tmp_path: Path) -> None:
+    """A schema of 4 TiB is refused before memory is asked for."""
+    path = tmp_path / "t.nacd"
+    with TrajectoryWriter(tmp_path / "small") as writer:
+        writer.append(0, {"a": torch.ones(3)})
+        frame = np.fromfile(writer.open_path, np.uint8)[writer.index.frames[0].record.payload :][:204]
+    end = 0
+    with FileIO(path, "w") as file:
+        schema = Schema({"a": [2**40]}, "float32", "hierarchical", 8, 0.0).to_json()
+        for kind, payload in ((SCHEMA, np.frombuffer(schema, np.uint8)), (FRAME, frame), (SEAL, frame[:0])):
+            end = write_at(file, end, pack(kind, end, [payload])[1])
+    with TrajectoryStore(path) as store:
+        assert store.shapes == {"a": [2**40]}
+        for tensors in (None, ["a"]):
+            with pytest.raises(InputError, match=r"step 0: 204 bytes for 1099511627776 weights"):
+                store.read(0, tensors=tensors)
 
 
 def test_a_path_without_a_name() -> None:
