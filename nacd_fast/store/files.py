@@ -30,8 +30,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def create(path: Path) -> FileIO:
-    """An empty file, for reading and writing."""
-    return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644), "r+")
+    """An empty file, for reading and writing. Raises FileExistsError: what is there is not thrown away."""
+    return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "r+")
 
 
 def cut(file: FileIO, end: int) -> None:

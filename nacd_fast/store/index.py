@@ -73,6 +73,24 @@ class Index:
         members = len(self.groups[-1].steps) - (len(self.groups) == 1)
         return self.sealed_to if members == self.schema.group else None
 
+    def seal(self, end: int, places: Mapping[int, Place]) -> None:
+        """Frames of the main file that are sealed up to byte `end` of it take the place of the open file's."""
+        self.groups.append(Group(self.main_end, end, sorted(places)))
+        self.frames |= dict(sorted(places.items()))
+        self.main_end, self.open_end = end, 0
+
+    def reopen(self, number: int, end: int, places: Mapping[int, Place]) -> None:
+        """Groups from `number` on are gone; the open file has these frames, up to byte `end` of it."""
+        self.main_end = self.groups[number].begin
+        del self.groups[number:]
+        self.frames = {step: place for step, place in self.frames.items() if step <= self.sealed_to} | dict(places)
+        self.open_end = end
+
+    def shorten(self, last: int) -> None:
+        """Open frames beyond step `last` are gone."""
+        self.frames = {step: place for step, place in self.frames.items() if step <= last}
+        self.open_end = self.frames[last].record.end if self.open_steps else 0
+
 
 def open_name(path: Path) -> Path:
     if not path.name:
@@ -108,9 +126,8 @@ def add_main(index: Index, file: FileIO, path: Path) -> None:
         elif record.kind == SEAL:
             if not pending or record.step != max(pending):
                 raise InputError(f"{where}: a seal of step {record.step}, must be the last one of its group")
-            index.groups.append(Group(index.main_end, record.end, sorted(pending)))
-            index.frames |= dict(sorted(pending.items()))
-            index.main_end, pending = record.end, {}
+            index.seal(record.end, pending)
+            pending = {}
 
 
 def add_open(index: Index, file: FileIO, path: Path) -> None:

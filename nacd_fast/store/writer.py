@@ -83,11 +83,11 @@ class TrajectoryWriter:
     def append(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Add the snapshot of `step`, beyond all before it. tensors: names, shapes and type as in the others.
 
-        After an InputError the trajectory is what it was, and the snapshot can be appended again.
+        After an InputError the trajectory is what it was, and the snapshot can be appended again: by this writer, or,
+        if the disk failed so that this one cannot go on and says so, by another.
         """
         where = f"{self.path}: the snapshot of step {step}"
-        if self.main.closed:
-            raise InputError(f"{where}: its writer is closed")
+        self._check_open(where)
         last = self.steps[-1] if self.index.frames else -1
         if not is_count(step, MAX_STEP) or step <= last:
             raise InputError(f"{where}: must be above the last step {last} and at most {MAX_STEP}")
@@ -107,18 +107,23 @@ class TrajectoryWriter:
 
     def truncate(self, after_step: int) -> None:
         """Drop the snapshots beyond `after_step`, to write them anew after a resume; -1 drops all."""
-        if not any(step > after_step for step in self.steps):
+        where = f"{self.path}: the cut after step {after_step}"
+        self._check_open(where)
+        kept = [step for step in self.steps if step <= after_step]
+        if len(kept) == len(self.steps):
             return
-        with self._told(f"{self.path}: the cut after step {after_step}"):
-            kept = [step for step in self.index.open_steps if step <= after_step]
-            if kept and self.open_file is not None:
-                cut(self.open_file, self.index.frames[kept[-1]].record.end)
-            elif after_step >= self.index.sealed_to:
-                self._remove_open()
-            else:
+        with self._told(where):
+            if after_step < self.index.sealed_to:
                 number = next(i for i, group in enumerate(self.index.groups) if group.steps[-1] > after_step)
                 self._reopen(number, [step for step in self.index.groups[number].steps if step <= after_step])
-            self._refresh()
+            else:
+                with self._settled():
+                    self.index.shorten(kept[-1] if kept else -1)
+                    if self.open_file is not None and self.index.open_steps:
+                        cut(self.open_file, self.index.open_end)
+                    else:
+                        self._remove_open()
+            self._forget()
 
     def close(self) -> None:
         """Seal the open group and let others write. A second call does nothing."""
@@ -134,12 +139,9 @@ class TrajectoryWriter:
     def _take_up(self) -> None:
         """Read the files, and drop what a killed writer left unfinished."""
         part_name(self.open_path).unlink(missing_ok=True)
-        if self.open_file is not None:
-            self.open_file.close()
-            self.open_file = None
         with suppress(FileNotFoundError):
             self.open_file = FileIO(os.open(self.open_path, os.O_RDWR | os.O_CLOEXEC), "r+")
-        self._refresh()
+        self.index = read_index(self.main, self.open_file, self.path)
         schema = self.index.schema
         if self.index.frames and schema is not None:
             wanted, found = (self.layout, self.group, self.eps), (schema.layout, schema.group, schema.eps)
@@ -154,8 +156,12 @@ class TrajectoryWriter:
         else:  # the seal was written, or nothing was
             self._remove_open()
 
-    def _refresh(self) -> None:
-        self.index = read_index(self.main, self.open_file, self.path)
+    def _check_open(self, where: str) -> None:
+        if self.main.closed:
+            raise InputError(f"{where}: its writer is closed, open the trajectory anew")
+
+    def _forget(self) -> None:
+        """Let go of snapshots that were cut off."""
         self.recent = {step: words for step, words in self.recent.items() if step in self.index.frames}
 
     def _release(self) -> None:
@@ -188,14 +194,35 @@ class TrajectoryWriter:
         try:
             yield
         except InputError:
+            self._undo()
             raise
         except OSError as error:
-            with suppress(OSError):
-                cut(self.main, self.index.main_end)
-                if self.open_file is not None:
-                    cut(self.open_file, self.index.open_end)
-                self._take_up()
-            raise InputError(f"{where}: cannot be written ({error.strerror})") from None
+            self._undo()
+            anew = "; open the trajectory anew" if self.main.closed else ""
+            raise InputError(f"{where}: cannot be written ({error.strerror}){anew}") from None
+        except BaseException:
+            self._release()
+            raise
+
+    def _undo(self) -> None:
+        """Drop what the index does not know of. A writer that cannot is closed: the next one does it."""
+        if self.main.closed:
+            return
+        try:
+            part_name(self.open_path).unlink(missing_ok=True)
+            cut(self.main, self.index.main_end)
+            if self.open_file is not None and self.index.open_end:
+                cut(self.open_file, self.index.open_end)
+            else:
+                self._remove_open()
+        except OSError:
+            self._release()
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """What is done here follows from what is on the disk: a failure must not undo that, and closes the writer."""
+        try:
+            yield
         except BaseException:
             self._release()
             raise
@@ -257,39 +284,45 @@ class TrajectoryWriter:
         assert schema is not None
         members, left, decoder = self._members(), self.index.left_key, self._decoder(schema)
         last = len(members) - 1
-        end = self.index.main_end
+        end, places = self.index.main_end, {}
         cut(self.main, end)
         for member, plan in sealed(last, self.layout, right_key=last == self.group):
-            if members[member] != left:
-                end = self._recode(self.main, end, members[member], [members[i] for i in plan], decoder).end
+            if (step := members[member]) != left:
+                record = self._recode(self.main, end, step, [members[i] for i in plan], decoder)
+                places[step], end = Place(self.main, self.path, record), record.end
         os.fdatasync(self.main.fileno())  # a seal must not be on the disk before its frames
-        write_at(self.main, end, pack(SEAL, end, [], step=members[-1])[1])
+        record, pieces = pack(SEAL, end, [], step=members[-1])
+        write_at(self.main, end, pieces)
         os.fdatasync(self.main.fileno())
-        self._remove_open()
-        self._refresh()
+        with self._settled():
+            self.index.seal(record.end, places)
+            self._remove_open()
 
     def _reopen(self, number: int, kept: list[int]) -> None:
         """Take sealed groups from `number` on back, but keep those steps of the first of them, as an open group."""
         schema, groups = self.index.schema, self.index.groups
         assert schema is not None
-        decoder, end = self._decoder(schema), 0
+        decoder, end, places = self._decoder(schema), 0, {}
         members = [*(groups[number - 1].steps[-1:] if number else []), *kept]
-        if kept:
-            file = create(part_name(self.open_path))
+        file = create(part_name(self.open_path)) if kept else None
+        if file is not None:
             for member, step in enumerate(members):
                 if step in kept:
                     plan = open_references(member, self.layout)
-                    end = self._recode(file, end, step, [members[i] for i in plan], decoder).end
+                    record = self._recode(file, end, step, [members[i] for i in plan], decoder)
+                    places[step], end = Place(file, self.open_path, record), record.end
             os.fdatasync(file.fileno())
-            os.replace(part_name(self.open_path), self.open_path)
-            sync_folder(self.path.parent)
-            if self.open_file is not None:
-                self.open_file.close()
-            self.open_file, self.index.open_end = file, end
-        else:
-            self._remove_open()
-        cut(self.main, groups[number].begin)
-        self._refresh()
+        with self._settled():
+            if file is not None:
+                os.replace(part_name(self.open_path), self.open_path)
+                sync_folder(self.path.parent)
+                if self.open_file is not None:
+                    self.open_file.close()
+                self.open_file = file
+            else:
+                self._remove_open()
+            self.index.reopen(number, end, places)
+            cut(self.main, self.index.main_end)
 
     def _recode(self, file: FileIO, offset: int, step: int, references: list[int], decoder: Decoder) -> Record:
         """Write a snapshot's frame anew, against other references; its values and bounds stay what they are."""

@@ -3,7 +3,10 @@
 import errno
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from nacd_fast import codec
 from nacd_fast.errors import InputError
-from nacd_fast.store import TrajectoryStore, TrajectoryWriter, files
+from nacd_fast.store import TrajectoryStore, TrajectoryWriter, files, index
 from nacd_fast.store.index import open_name
 from nacd_fast.store.layout import DEPTH
 from tests.store.snapshots import SHAPES, assert_holds, assert_same_bits, exit_of, snapshot, write
@@ -313,17 +316,115 @@ def test_what_could_not_be_cut_off_is_cut_off_later(
     def refuse(descriptor: int, end: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    writer = TrajectoryWriter(path)
+    writer.append(0, {"a": torch.zeros(500)})
+    disk.left = 1500
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"No space left on device.*anew"):
+        patch.setattr(os, "ftruncate", refuse)
+        writer.append(1, {"a": torch.randn(500)})
+    disk.left = float("inf")
+    with pytest.raises(InputError, match="the snapshot of step 1: its writer is closed, open the trajectory anew"):
+        writer.append(1, {"a": torch.zeros(500)})
     with TrajectoryWriter(path) as writer:
-        writer.append(0, {"a": torch.zeros(500)})
-        disk.left = 1500
-        with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left"):
-            patch.setattr(os, "ftruncate", refuse)
-            writer.append(1, {"a": torch.randn(500)})
-        disk.left = float("inf")
         writer.append(1, {"a": torch.zeros(500)})  # a shorter record
         writer.append(2, {"a": torch.zeros(500)})
         with TrajectoryStore(path) as store:
             assert store.steps == [0, 1, 2]
+
+
+# Calls that fail, each once
+
+
+def append_next(writer: TrajectoryWriter) -> None:
+    writer.append(len(writer.steps), snapshot(len(writer.steps)))
+
+
+FAILURE = OSError(errno.EIO, os.strerror(errno.EIO))
+CALLS = ("open", "pwrite", "fdatasync", "fsync", "ftruncate", "replace", "unlink", "preadv")
+
+
+@pytest.mark.parametrize(("failure", "lasting"), [(FAILURE, False), (FAILURE, True), (InputError("damage"), False)])
+@pytest.mark.parametrize(
+    ("count", "closed", "work", "after"),
+    [
+        (2, False, append_next, 3),
+        (5, False, append_next, 6),  # seals
+        (4, True, append_next, 5),  # takes the sealed group back first
+        (5, False, TrajectoryWriter.close, 5),
+        (4, False, lambda writer: writer.truncate(2), 3),
+        (4, False, lambda writer: writer.truncate(-1), 0),
+        (7, False, lambda writer: writer.truncate(4), 5),
+        (7, False, lambda writer: writer.truncate(2), 3),
+        (7, True, lambda writer: writer.truncate(2), 3),
+    ],
+)
+def test_a_call_that_fails_loses_nothing(
+    tmp_path: Path,
+    count: int,
+    closed: bool,
+    work: Callable[[TrajectoryWriter], None],
+    after: int,
+    failure: Exception,
+    lasting: bool,
+) -> None:
+    """Any system call, once or from then on: then the writer is tried again, and then another one."""
+    begin, path = tmp_path / "begin", tmp_path / "failed" / "t.nacd"
+    with suppress(KeyboardInterrupt), TrajectoryWriter(begin / "t.nacd", group=4) as writer:
+        for _ in range(count):
+            append_next(writer)
+        if not closed:
+            raise KeyboardInterrupt
+    failed = 0
+    for call in CALLS:
+        for number in count_from(0):
+            shutil.rmtree(path.parent, ignore_errors=True)
+            shutil.copytree(begin, path.parent)
+            writer = TrajectoryWriter(path, group=4)
+            if not fails_at(call, number, failure, lasting, lambda: work(writer)):  # noqa: B023  # called at once
+                break
+            failed += 1
+            with TrajectoryStore(path) as store:
+                assert len(store) in {count, after, *({5} if after == 3 else ())}
+            with suppress(InputError):  # a writer that was closed says so
+                append_next(writer)
+            writer.close()
+            with TrajectoryStore(path) as store:
+                done = len(store)
+            assert_holds(path, range(done))
+            assert done >= min(count, after)
+            with TrajectoryWriter(path, group=4) as writer:
+                writer.truncate(min(count, after) - 1)
+                append_next(writer)
+            assert_holds(path, range(min(count, after) + 1))
+    assert failed
+
+
+def fails_at(call: str, number: int, failure: Exception, lasting: bool, work: Callable[[], None]) -> bool:
+    """Whether `work` came to that os.<call>, which failed, and told so if it failed itself."""
+    left, plain = [number], getattr(os, call)
+
+    def patched(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == -1 or (lasting and left[0] < 0):
+            raise failure
+        return plain(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(InputError):
+        patch.setattr(os, call, patched)
+        work()
+    return left[0] < 0
+
+
+def test_a_seal_scans_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a long trajectory would be read as often as it has groups."""
+    with TrajectoryWriter(path, group=2) as writer:
+        monkeypatch.setattr(index, "scan", None)
+        for step in range(9):
+            writer.append(step, snapshot(step))
+        writer.truncate(6)
+        writer.truncate(3)
+    monkeypatch.undo()
+    assert_holds(path, range(4))
 
 
 def test_a_file_that_may_not_grow(path: Path) -> None:
@@ -381,7 +482,7 @@ def test_durable_before_append_returns(path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_interrupted_writer_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the removal of the open file and the look at the new main file it does not know what there is."""
+    """When a group is sealed but the open file is still there, say."""
 
     def interrupted(writer: TrajectoryWriter) -> None:
         raise KeyboardInterrupt
@@ -389,7 +490,7 @@ def test_an_interrupted_writer_is_closed(path: Path, monkeypatch: pytest.MonkeyP
     writer = TrajectoryWriter(path, group=2)
     for step in range(3):
         writer.append(step, snapshot(step))
-    monkeypatch.setattr(TrajectoryWriter, "_refresh", interrupted)
+    monkeypatch.setattr(TrajectoryWriter, "_remove_open", interrupted)
     with pytest.raises(KeyboardInterrupt):
         writer.append(3, snapshot(3))
     monkeypatch.undo()
