@@ -39,16 +39,23 @@ bool all_zero(const uint8_t* data, size_t bytes) {
     return std::all_of(data, data + bytes, [](uint8_t x) { return x == 0; });
 }
 
-// Whether a page's part of [begin, end) is all zeros: a page that the file system never wrote.
-bool has_hole(const Source& source, uint64_t begin, uint64_t end) {
+// The pages whose part of [begin, end) is all zeros: those that the file system never wrote, and those of zeros.
+uint64_t zero_parts(const Source& source, uint64_t begin, uint64_t end) {
     uint8_t page[kPage];
+    uint64_t parts = 0;
     while (begin < end) {
         const auto bytes = static_cast<size_t>(std::min<uint64_t>(end - begin, kPage - begin % kPage));
-        if (!read_at(source, begin, page, bytes)) return false;
-        if (all_zero(page, bytes)) return true;
+        if (!read_at(source, begin, page, bytes)) return parts;
+        parts += all_zero(page, bytes) ? 1 : 0;
         begin += bytes;
     }
-    return false;
+    return parts;
+}
+
+// Whether a page of the record was never written; its header was.
+bool has_hole(const Source& source, const RecordHeader& header) {
+    const uint64_t end = header.offset + record_bytes(header.payload_bytes);
+    return zero_parts(source, header.offset, end) > header.zero_pages;
 }
 
 RecordStatus check(const RecordHeader& h, uint64_t offset) {
@@ -59,7 +66,7 @@ RecordStatus check(const RecordHeader& h, uint64_t offset) {
     const bool known = frame || h.kind == static_cast<uint8_t>(RecordKind::schema) ||
                        h.kind == static_cast<uint8_t>(RecordKind::seal);
     if (!known || h.reserved != 0 || h.offset != offset || h.payload_bytes > kMaxPayloadBytes ||
-        h.frame_bytes > h.payload_bytes || h.step > kMaxRecordStep)
+        h.frame_bytes > h.payload_bytes || h.step > kMaxRecordStep || h.zero_pages > padded(h.payload_bytes) / kPage)
         return RecordStatus::bad_header;
     if (!frame && (h.frame_bytes != 0 || h.ref_a != kNoStep)) return RecordStatus::bad_header;
     if (h.ref_a == kNoStep && h.ref_b != kNoStep) return RecordStatus::bad_header;
@@ -73,7 +80,7 @@ RecordStatus check_stub(const Source& source, uint64_t offset) {
     if (!read_at(source, offset, stub, bytes)) return RecordStatus::unreadable;
     const uint32_t magic = kRecordMagic;
     const bool begun = std::memcmp(stub, &magic, std::min(bytes, sizeof magic)) == 0;
-    return begun || has_hole(source, offset, source.bytes) ? RecordStatus::torn : RecordStatus::bad_magic;
+    return begun || zero_parts(source, offset, source.bytes) > 0 ? RecordStatus::torn : RecordStatus::bad_magic;
 }
 
 // The record at `offset`, which is below the end of the file.
@@ -82,13 +89,13 @@ RecordStatus read_record(const Source& source, uint64_t offset, RecordHeader* he
     if (left < sizeof *header) return check_stub(source, offset);
     if (!read_at(source, offset, header, sizeof *header)) return RecordStatus::unreadable;
     if (const RecordStatus status = check(*header, offset); status != RecordStatus::ok)
-        return has_hole(source, offset, offset + sizeof *header) ? RecordStatus::torn : status;
+        return zero_parts(source, offset, offset + sizeof *header) > 0 ? RecordStatus::torn : status;
     const uint64_t bytes = record_bytes(header->payload_bytes);
     if (bytes > left) return RecordStatus::torn;
     uint64_t commit = 0;
     if (!read_at(source, offset + bytes - kCommitBytes, &commit, sizeof commit)) return RecordStatus::unreadable;
     if (!kChecksums || commit == commit_word(*header)) return RecordStatus::ok;
-    return has_hole(source, offset, offset + bytes) ? RecordStatus::torn : RecordStatus::bad_commit;
+    return has_hole(source, *header) ? RecordStatus::torn : RecordStatus::bad_commit;
 }
 
 RecordStatus check_payload(const Source& source, const RecordHeader& header) {
@@ -105,8 +112,7 @@ RecordStatus check_payload(const Source& source, const RecordHeader& header) {
     const auto rest = static_cast<size_t>(padded(header.payload_bytes) - header.payload_bytes);
     if (!read_at(source, begin + header.payload_bytes, padding, rest)) return RecordStatus::unreadable;
     if ((!kChecksums || crc == header.payload_crc) && all_zero(padding, rest)) return RecordStatus::ok;
-    const uint64_t end = header.offset + record_bytes(header.payload_bytes);
-    return has_hole(source, header.offset, end) ? RecordStatus::torn : RecordStatus::bad_payload;
+    return has_hole(source, header) ? RecordStatus::torn : RecordStatus::bad_payload;
 }
 
 }  // namespace

@@ -28,10 +28,11 @@ struct RecordHeader {
     uint64_t frame_bytes;    // of the payload: the frame, which begins it
     uint64_t step;
     uint64_t ref_a, ref_b;   // the steps of the frame's references, or kNoStep
+    uint64_t zero_pages;     // the file's whole pages in payload and zeros that are all zeros
     uint32_t payload_crc;    // CRC-32C of the payload
     uint32_t header_crc;     // CRC-32C of the fields above
 };
-static_assert(sizeof(RecordHeader) == 64);
+static_assert(sizeof(RecordHeader) == 72);
 
 constexpr uint64_t padded(uint64_t payload_bytes) { return (payload_bytes + 7) / 8 * 8; }
 constexpr uint64_t record_bytes(uint64_t payload_bytes) {

@@ -26,8 +26,8 @@ COMMIT = 0x74696D6D6F63A55A  # mixed into the commit word, so that it is not zer
 COMMIT_BYTES, PAGE = 8, 4096
 FIND_BYTES = 2**20
 
-HEADER = struct.Struct("<IHBBQQQQQQII")
-FIELDS = struct.Struct("<IHBBQQQQQQI")  # those that the header's checksum covers
+HEADER = struct.Struct("<IHBBQQQQQQQII")
+FIELDS = struct.Struct("<IHBBQQQQQQQI")  # those that the header's checksum covers
 
 Bytes = NDArray[np.uint8]
 
@@ -72,11 +72,27 @@ def pack(
         payload_crc = crc32c(piece, payload_crc)
     frame_bytes = len(payload[0]) if kind == FRAME else 0
     ref_a, ref_b = (*references, NO_STEP, NO_STEP)[:2]
-    fields = FIELDS.pack(MAGIC, VERSION, kind, 0, offset, payload_bytes, frame_bytes, step, ref_a, ref_b, payload_crc)
+    zeros = zero_pages(payload, offset + HEADER.size)
+    fields = FIELDS.pack(
+        MAGIC, VERSION, kind, 0, offset, payload_bytes, frame_bytes, step, ref_a, ref_b, zeros, payload_crc
+    )
     header_crc = crc32c(np.frombuffer(fields, np.uint8))
     tail = bytes(-payload_bytes % 8) + struct.pack("<Q", (payload_crc << 32 | header_crc) ^ COMMIT)
     record = Record(offset, kind, step, tuple(references), frame_bytes, payload_bytes, payload_crc, header_crc)
     return record, [fields + struct.pack("<I", header_crc), *payload, tail]
+
+
+def zero_pages(payload: Sequence[Bytes], begin: int) -> int:
+    """The file's whole pages that a payload from byte `begin` on, and the zeros behind it, fill with zeros alone."""
+    size = sum(len(piece) for piece in payload)
+    first, end = begin // PAGE, begin + (size + 7) // 8 * 8
+    nonzero, at = np.zeros(end // PAGE + 1 - first, np.bool_), begin
+    for piece in payload:
+        if len(piece):
+            starts = np.append(0, np.arange(PAGE - at % PAGE, len(piece), PAGE))  # of the pages' parts in it
+            nonzero[(at + starts) // PAGE - first] |= np.maximum.reduceat(piece, starts) > 0
+        at += len(piece)
+    return int(np.count_nonzero(~nonzero[1 if begin % PAGE else 0 : end // PAGE - first]))
 
 
 def scan(descriptor: int, path: Path, lasting: int) -> list[Record]:
@@ -143,20 +159,26 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
     return pieces
 
 
-def has_hole(descriptor: int, begin: int, end: int) -> bool:
-    """Whether a page's part of [begin, end) is all zeros: a page that the file system never wrote."""
+def zero_parts(descriptor: int, begin: int, end: int) -> int:
+    """The pages whose part of [begin, end) is all zeros: those that were never written, and those of zeros."""
+    parts = 0
     while begin < end:
         size = min(end - begin, PAGE - begin % PAGE)
-        if not any(read_at(descriptor, begin, size)):
-            return True
+        parts += not any(read_at(descriptor, begin, size))
         begin += size
-    return False
+    return parts
+
+
+def has_hole(descriptor: int, record: Record) -> bool:
+    """Whether a page of the record was never written; its header was."""
+    zeros = HEADER.unpack(read_at(descriptor, record.offset, HEADER.size))[-3]
+    return zero_parts(descriptor, record.offset, record.end) > zeros
 
 
 def check_header(header: bytes, offset: int) -> Record:
-    magic, version, kind, reserved, place, payload_bytes, frame_bytes, step, ref_a, ref_b, payload_crc, header_crc = (
-        HEADER.unpack(header)
-    )
+    fields = HEADER.unpack(header)
+    magic, version, kind, reserved, place, payload_bytes, frame_bytes, step, ref_a, ref_b = fields[:10]
+    zeros, payload_crc, header_crc = fields[10:]
     if magic != MAGIC:
         raise Damage("not a record")
     if version != VERSION:
@@ -165,6 +187,7 @@ def check_header(header: bytes, offset: int) -> Record:
         raise Damage("a record's header that changed since it was written")
     ok = kind in (SCHEMA, FRAME, SEAL) and reserved == 0 and place == offset and step <= MAX_STEP
     ok = ok and frame_bytes <= payload_bytes <= MAX_PAYLOAD_BYTES
+    ok = ok and zeros <= (payload_bytes + 7) // 8 * 8 // PAGE
     ok = ok and (kind == FRAME or (frame_bytes == 0 and ref_a == NO_STEP))
     if not ok or (ref_a == NO_STEP and ref_b != NO_STEP):
         raise Damage("a record's field outside its limits")
@@ -176,18 +199,18 @@ def read_record(descriptor: int, offset: int, file_bytes: int) -> Record:
     header = read_at(descriptor, offset, min(left, HEADER.size))
     if left < HEADER.size:
         begun = MAGIC.to_bytes(4, "little").startswith(header[:4])
-        raise Damage(TORN if begun or has_hole(descriptor, offset, file_bytes) else "not a record")
+        raise Damage(TORN if begun or zero_parts(descriptor, offset, file_bytes) else "not a record")
     try:
         record = check_header(header, offset)
     except Damage:
-        if has_hole(descriptor, offset, offset + HEADER.size):
+        if zero_parts(descriptor, offset, offset + HEADER.size):
             raise Damage(TORN) from None
         raise
     if record.end > file_bytes:
         raise Damage(TORN)
     (commit,) = struct.unpack("<Q", read_at(descriptor, record.end - COMMIT_BYTES, COMMIT_BYTES))
     if commit != (record.payload_crc << 32 | record.header_crc) ^ COMMIT:
-        torn = has_hole(descriptor, offset, record.end)
+        torn = has_hole(descriptor, record)
         raise Damage(TORN if torn else "a commit word that is not its record's")
     return record
 
@@ -197,7 +220,7 @@ def check_payload(descriptor: int, record: Record) -> None:
     data = read_at(descriptor, record.payload, record.end - COMMIT_BYTES - record.payload)
     payload = np.frombuffer(data, np.uint8)[: record.payload_bytes]
     if crc32c(payload) != record.payload_crc or any(data[record.payload_bytes :]):
-        torn = has_hole(descriptor, record.offset, record.end)
+        torn = has_hole(descriptor, record)
         raise Damage(TORN if torn else "a record's payload that changed since it was written")
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from nacd_fast import codec
 from nacd_fast.errors import InputError
@@ -99,6 +101,38 @@ def test_every_changed_byte_is_an_error_or_changes_nothing(path: Path, damaged: 
     assert read_all(path) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("tensor", [torch.ones(20_000), torch.zeros(70_000), torch.full((70_000,), 1e-3).bfloat16()])
+def test_a_snapshot_of_one_value(tmp_path: Path, tensor: Tensor) -> None:
+    """Its frame has pages of zeros: they are not taken for what a power cut left of the last append."""
+    path = tmp_path / "t.nacd"
+    with pytest.raises(KeyboardInterrupt), TrajectoryWriter(path) as writer:
+        for step in range(2):
+            writer.append(step, {"x": tensor})
+        writer.append(2, {"x": 3 * tensor})
+        writer.truncate(1)
+        raise KeyboardInterrupt
+    with TrajectoryStore(path) as store:
+        first, last = (store.index.frames[step].record for step in (0, 1))
+    file = open_name(path)
+    data = file.read_bytes()
+    assert last.end == len(data)
+    for whole in (data[: first.end], data):  # the last record is a key, or like the one before
+        record = first if len(whole) == first.end else last
+        for at in range(record.offset, record.end, max(1, (record.end - record.offset) // 150)):
+            changed = bytearray(whole)
+            changed[at] ^= 1 << at % 8
+            file.write_bytes(changed)
+            with pytest.raises(InputError, match="damaged at byte"):
+                TrajectoryStore(path)
+        for page in range(record.offset // 4096, (record.end - 1) // 4096 + 1):
+            changed = bytearray(whole)
+            part = slice(max(4096 * page, record.offset), min(4096 * (page + 1), record.end))
+            changed[part] = bytes(part.stop - part.start)
+            file.write_bytes(changed)
+            with TrajectoryStore(path) as store:
+                assert store.steps == list(range(record.step + (changed == whole)))
+
+
 def test_a_changed_name_is_found(path: Path) -> None:
     """The scan does not verify payloads, and the schema is no frame."""
     path.write_bytes(path.read_bytes().replace(b'"b": [2, 2]', b'"c": [2, 2]'))
@@ -138,7 +172,7 @@ def test_a_reference_with_other_values_is_found(tmp_path: Path) -> None:
     with TrajectoryStore(tmp_path / "t.nacd") as store:
         words = store.read_flat(0)
         words ^= np.uint32(1 << 14)
-        store.decoder.cache.keys[0] = words
+        store.decoder.cache.keys[store.decoder, 0] = words
         with pytest.raises(InputError, match="step 1: decoded words that are not those that were encoded"):
             store.read(1)
 

@@ -88,7 +88,7 @@ def changed(header: bytes, at: int, field: str, value: int) -> bytes:
     """A header with another field and a fitting checksum."""
     data = bytearray(header)
     struct.pack_into(field, data, at, value)
-    struct.pack_into("<I", data, 60, crc32c(np.frombuffer(bytes(data[:60]), np.uint8)))
+    struct.pack_into("<I", data, 68, crc32c(np.frombuffer(bytes(data[:68]), np.uint8)))
     return bytes(data)
 
 
@@ -107,7 +107,8 @@ def changed(header: bytes, at: int, field: str, value: int) -> bytes:
         (32, "<Q", 2**63, "a record's field outside its limits"),
         (40, "<Q", records.NO_STEP, "a record's field outside its limits"),
         (16, "<Q", 2**40, TORN),
-        (56, "<I", 1, "a commit word that is not its record's"),
+        (56, "<Q", 1, "a record's field outside its limits"),
+        (64, "<I", 1, "a commit word that is not its record's"),
     ],
 )
 def test_a_header_that_no_writer_writes(tmp_path: Path, at: int, field: str, value: int, error: str) -> None:
@@ -126,7 +127,7 @@ def test_the_last_payload_is_checked(tmp_path: Path, at: int) -> None:
         f.seek(made[1].payload + at)
         f.write(b"\x80" if at >= made[1].payload_bytes else b"\0")
     assert both(tmp_path / "x") == (made[:1], made[1].offset, "a record's payload that changed since it was written")
-    with open(tmp_path / "x", "rb") as f, pytest.raises(InputError, match=r"x: damaged at byte 88: .*payload"):
+    with open(tmp_path / "x", "rb") as f, pytest.raises(InputError, match=r"x: damaged at byte 96: .*payload"):
         scan(f.fileno(), tmp_path / "x", SEAL)
 
 
@@ -141,6 +142,34 @@ def test_a_page_that_was_never_written_is_a_torn_tail(tmp_path: Path, page: int)
     data[begin : (page + 1) * PAGE] = bytes(len(data[begin : (page + 1) * PAGE]))
     (tmp_path / "x").write_bytes(data)
     assert both(tmp_path / "x") == ([first], first.end, TORN)
+
+
+@pytest.mark.parametrize("begin", [0, PAGE - 72, PAGE - 8, 2 * PAGE - 80])
+@pytest.mark.parametrize("size", [PAGE - 80, PAGE, 3 * PAGE - 1, 5 * PAGE + 9])
+def test_pages_of_zeros_that_were_written(tmp_path: Path, begin: int, size: int) -> None:
+    """They are no hole: where they are all there is, damage is told. One page more of zeros is a hole."""
+    zeros, last = np.zeros(size, np.uint8), payload(9)
+    first, head = pack(FRAME, 0, [payload(begin // 8 * 8)], step=1)
+    for data in ([zeros], [zeros, last], [last, zeros[: size // 2], zeros[size // 2 :]], [payload(PAGE), zeros, last]):
+        record, tail = pack(FRAME, first.end, data, step=2)
+        packed = b"".join(bytes(piece) for piece in [*head, *tail])
+        path = tmp_path / "x"
+        path.write_bytes(packed)
+        assert both(path) == ([first, record], record.end, "")
+        for at in {record.payload, (record.payload + record.end) // 2, record.end - 9, record.end - 8, record.end - 1}:
+            changed = bytearray(packed)
+            changed[at] ^= 0x80
+            path.write_bytes(changed)
+            found, end, error = both(path)
+            assert ((found, end) == ([first], first.end) and "payload" in error) or "commit" in error
+        for page in range(first.end // PAGE, (record.end - 1) // PAGE + 1):
+            changed = bytearray(packed)
+            part = slice(max(page * PAGE, first.end), min((page + 1) * PAGE, record.end))
+            changed[part] = bytes(part.stop - part.start)
+            path.write_bytes(changed)
+            assert both(path) == (
+                ([first, record], record.end, "") if changed == packed else ([first], first.end, TORN)
+            )
 
 
 @pytest.mark.parametrize("size", [1, PAGE, 2**20, 2**20 + 8, 3 * 2**20])
