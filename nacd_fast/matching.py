@@ -16,6 +16,7 @@ of updates, so that a prompt first met late is corrected for Adam's zero start a
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,7 +37,9 @@ from .errors import InputError, NonFiniteError
 from .experts import TRAJECTORY, steps_per_epoch, total_steps
 from .progress import progress_bar
 from .store import TrajectoryStore
+from .store.decoder import Caches
 from .store.prefetch import Prefetch
+from .store.reader import CACHE_BYTES
 from .student import Student, add_lora, load_model, max_positions, model_digest
 from .training import check_batch, check_lengths, data_settings, model_settings
 from .unroll import SGD, AdamW, Update, unrolled_sgd
@@ -204,8 +207,13 @@ class Matcher:
     ):
         self.config, self.student, self.rows, self.ids = config, student, rows, ids
         self.banned, self.pad_id = banned, pad_id
-        self.stores = [TrajectoryStore(folder / TRAJECTORY) for folder in experts]
+        caches = Caches(CACHE_BYTES)  # one limit for all experts, however many
+        self.stores = [TrajectoryStore(folder / TRAJECTORY, caches=caches) for folder in experts]
         self.segments = segments(experts, self.stores, config)
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """input_ids and labels [B, T] of some kept samples, on the student's device."""
@@ -338,6 +346,7 @@ def run(
                 first_prompts(config, len(examples), student.embedding, allowed, seed), config.alpha, seed
             )
         with (
+            closing(matcher),
             progress_bar(f"matching, seed {seed}", config.iterations, len(learned.curve)) as bar,
             matcher.ahead(learned) as ahead,
         ):

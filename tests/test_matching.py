@@ -152,6 +152,22 @@ def test_resumes_to_the_same_bytes(
     assert hashes(matching.run(tmp_path / "cut", model, DATA, MATCH, KEPT, [expert], 0)) == whole
 
 
+def test_experts_share_one_cache_and_are_closed(
+    model: ModelConfig, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[TrajectoryStore] = []
+
+    class Watched(TrajectoryStore):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(matching, "TrajectoryStore", Watched)
+    matching.run(tmp_path / "match", model, DATA, MATCH, KEPT, [expert, expert], 0)
+    assert len(made) == 2 and made[0].caches is made[1].caches
+    assert all(file.closed for store in made for file in store.files)
+
+
 def test_alpha_is_held_at_its_limit(model: ModelConfig, expert: Path, tmp_path: Path) -> None:
     config = replace(MATCH, alpha=0.05, alpha_max=0.051, alpha_lr=0.5, iterations=4)
     folder = matching.run(tmp_path / "match", model, DATA, config, KEPT, [expert], 0)

@@ -7,8 +7,11 @@ error like any damaged byte, never a wrong tensor.
 import os
 import threading
 from collections import OrderedDict
+from typing import Generic, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .. import codec
 from ..codec import BLOCK, SLACK, TILE, CodecError
@@ -18,6 +21,8 @@ from .index import Index, Place
 from .records import HEADER, Bytes
 from .schema import Schema, Words
 
+Kept = TypeVar("Kept", Words, Tensor)
+
 LEAST_BLOCK_BYTES = ENTRY.itemsize + BLOCK_HEADER.itemsize  # in its frame, without the modes: a byte a tile
 HEAD_BYTES = 4096  # of a frame's head without its runs and its directory, at most
 
@@ -26,41 +31,70 @@ class ChangedError(InputError):
     """A writer has cut the file since its index was read: a snapshot may be elsewhere, or gone."""
 
 
-class FrameCache:
-    """Decoded snapshots by step, at most `limit` bytes; the least recently used goes first, keys last. For threads."""
+class FrameCache(Generic[Kept]):
+    """Decoded snapshots, at most `limit` bytes; the least recently used goes first, keys last. For threads.
+
+    Several trajectories may share one: a snapshot is kept under its step and an `owner`, who knows that step.
+    """
 
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
         self.lock = threading.Lock()
-        self.keys: OrderedDict[int, Words] = OrderedDict()
-        self.others: OrderedDict[int, Words] = OrderedDict()
+        self.keys: OrderedDict[tuple[object, int], Kept] = OrderedDict()
+        self.others: OrderedDict[tuple[object, int], Kept] = OrderedDict()
 
-    def get(self, step: int) -> Words | None:
+    def get(self, step: int, owner: object = None) -> Kept | None:
         with self.lock:
             for kept in (self.keys, self.others):
-                if step in kept:
-                    kept.move_to_end(step)
-                    return kept[step]
+                if (owner, step) in kept:
+                    kept.move_to_end((owner, step))
+                    return kept[owner, step]
         return None
 
-    def put(self, step: int, words: Words, *, key: bool) -> None:
+    def put(self, step: int, words: Kept, owner: object = None, *, key: bool) -> None:
         """Keep `words`, which nobody may change from now on."""
-        words.flags.writeable = False
+        name = (owner, step)
         with self.lock:
-            if words.nbytes > self.limit or step in self.keys or step in self.others:
+            if words.nbytes > self.limit or name in self.keys or name in self.others:
                 return
             if not key and words.nbytes > self.limit - sum(kept.nbytes for kept in self.keys.values()):
                 return
-            (self.keys if key else self.others)[step] = words
+            (self.keys if key else self.others)[name] = words
             self.bytes += words.nbytes
             while self.bytes > self.limit:
                 self.bytes -= (self.others or self.keys).popitem(last=False)[1].nbytes
 
+    def drop(self, owner: object) -> None:
+        """Let go of all that is kept for `owner`."""
+        with self.lock:
+            for kept in (self.keys, self.others):
+                for name in [name for name in kept if name[0] is owner]:
+                    self.bytes -= kept.pop(name).nbytes
+
+
+class Caches:
+    """What the stores that are given it keep together: at most `limit` bytes in memory, and as many on each GPU."""
+
+    def __init__(self, limit: int):
+        self.limit, self.lock = limit, threading.Lock()
+        self.host: FrameCache[Words] = FrameCache(limit)
+        self.devices: dict[torch.device, FrameCache[Tensor]] = {}
+
+    def on(self, device: torch.device) -> "FrameCache[Tensor]":
+        with self.lock:
+            return self.devices.setdefault(device, FrameCache(self.limit))
+
+    def drop(self, owner: object) -> None:
+        self.host.drop(owner)
+        with self.lock:
+            for cache in self.devices.values():
+                cache.drop(owner)
+
 
 class Decoder:
-    """The snapshots of an index, as words."""
+    """The snapshots of an index, as words. It owns what it keeps in the cache."""
 
-    def __init__(self, index: Index, schema: Schema, cache: FrameCache, threads: int = 1):
+    def __init__(self, index: Index, schema: Schema, cache: FrameCache[Words], threads: int = 1):
         self.index, self.schema, self.cache, self.threads = index, schema, cache, threads
         self.all = range(-(-schema.count // BLOCK))
 
@@ -76,12 +110,13 @@ class Decoder:
         """Those blocks of the snapshot, read-only. `made` holds what the same read has decoded already."""
         if step in made:
             return made[step]
-        kept = self.cache.get(step)
+        kept = self.cache.get(step, self)
         if kept is not None:
             return kept[blocks.start * BLOCK : blocks.stop * BLOCK]
         made[step] = self.decode_frame(step, blocks, None, made, False)
+        made[step].flags.writeable = False
         if blocks == self.all:
-            self.cache.put(step, made[step], key=not self.index.frames[step].record.references)
+            self.cache.put(step, made[step], self, key=not self.index.frames[step].record.references)
         return made[step]
 
     def decode_frame(

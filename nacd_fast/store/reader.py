@@ -19,7 +19,7 @@ from .. import codec_cuda
 from ..codec import BLOCK
 from ..errors import InputError
 from .bounds import by_name, from_table
-from .decoder import Decoder, FrameCache
+from .decoder import Caches, Decoder, FrameCache
 from .device import DeviceDecoder
 from .index import Index, open_name, read_index
 from .layout import GROUP, frames_to
@@ -33,15 +33,17 @@ Pair = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class TrajectoryStore:
-    """A trajectory for reading: `steps`, and the snapshot at each. One store can be read from several threads."""
+    """A trajectory for reading: `steps`, and the snapshot at each. One store can be read from several threads.
 
-    def __init__(self, path: Path, *, cache_bytes: int = CACHE_BYTES, threads: int = 1):
-        self.path = path
+    cache_bytes: of decoded frames, in memory and on each GPU; stores that are given the same caches share one limit.
+    """
+
+    def __init__(self, path: Path, *, cache_bytes: int = CACHE_BYTES, caches: Caches | None = None, threads: int = 1):
+        self.path, self.caches = path, caches or Caches(cache_bytes)
         self.files, self.index = open_files(path)
         # a file whose schema was not written to its end holds nothing
         self.schema = self.index.schema or Schema({}, "float32", "hierarchical", GROUP, 0.0)
-        self.decoder = Decoder(self.index, self.schema, FrameCache(cache_bytes), threads)
-        self.on_devices: dict[torch.device, DeviceDecoder] = {}
+        self.decoder = Decoder(self.index, self.schema, self.caches.host, threads)
 
     def __enter__(self) -> "TrajectoryStore":
         return self
@@ -52,6 +54,7 @@ class TrajectoryStore:
         self.close()
 
     def close(self) -> None:
+        self.caches.drop(self.decoder)
         for file in self.files:
             file.close()
 
@@ -146,7 +149,7 @@ class TrajectoryStore:
 
     def verify(self, done: Callable[[int], object] = lambda step: None) -> None:
         """Decode every frame; `done(step)` is called after each. Raises InputError for the first damaged snapshot."""
-        decoder = Decoder(self.index, self.schema, FrameCache(self.decoder.cache.limit), self.decoder.threads)
+        decoder = Decoder(self.index, self.schema, FrameCache(self.caches.limit), self.decoder.threads)
         for step in self.steps:
             decoder.check_record(step)
             decoder.words(step)
@@ -156,7 +159,9 @@ class TrajectoryStore:
         """What decodes on that device; None where the CPU does."""
         if device.type != "cuda" or not codec_cuda.available(device):
             return None
-        return self.on_devices.setdefault(device, DeviceDecoder(self.decoder, device, self.decoder.cache.limit))
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())
+        return DeviceDecoder(self.decoder, device, self.caches.on(device))
 
     def _select(self, tensors: Sequence[str] | None) -> list[str]:
         """Names, sorted, each once."""
@@ -192,7 +197,7 @@ class TrajectoryStore:
         """
         decoder = self.decoder
         is_key = not self.index.frames[step].record.references
-        if base_only or (not is_key and decoder.cache.get(step) is None):
+        if base_only or (not is_key and decoder.cache.get(step, decoder) is None):
             return decoder.decode(step, decoder.all, out, base_only=base_only)
         words = decoder.words(step)
         if out is None:

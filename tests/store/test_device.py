@@ -12,6 +12,7 @@ from nacd_fast import codec, codec_cuda
 from nacd_fast.codec import Bytes, CodecError
 from nacd_fast.errors import InputError
 from nacd_fast.store import TrajectoryStore, TrajectoryWriter
+from nacd_fast.store.decoder import Caches, FrameCache
 from nacd_fast.store.device import DeviceDecoder
 from tests.store.snapshots import assert_same_bits, snapshot, write
 
@@ -60,7 +61,11 @@ def path(tmp_path: Path) -> Path:
 
 def decoder(path: Path, limit: int) -> tuple[TrajectoryStore, DeviceDecoder]:
     store = TrajectoryStore(path)
-    return store, DeviceDecoder(store.decoder, CPU, limit)
+    return store, DeviceDecoder(store.decoder, CPU, FrameCache(limit))
+
+
+def kept(device: DeviceDecoder) -> list[int]:
+    return [step for _, step in device.cache.keys]
 
 
 def test_the_same_weights(path: Path, stand: Stand) -> None:
@@ -75,12 +80,39 @@ def test_the_same_weights(path: Path, stand: Stand) -> None:
 def test_keys_stay(path: Path, stand: Stand) -> None:
     store, device = decoder(path, 2 * 4 * TrajectoryStore(path).schema.count)
     device.flat(1)
-    assert stand.frames == store.frames_to(1) == 5 and list(device.keys) == [0, 8]
+    assert stand.frames == store.frames_to(1) == 5 and kept(device) == [0, 8]
     device.flat(3)
     assert stand.frames == 5 + 3  # 4, 2 and 3 itself
     device.flat(12)
-    assert list(device.keys) == [8, 16]  # the least recently used key went
+    assert kept(device) == [8, 16]  # the least recently used key went
     assert decoder(path, 0)[1].flat(1) is not None and stand.frames == 8 + 2 + 5
+
+
+def test_stores_share_one_limit(tmp_path: Path, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of two trajectories are kept apart; "cuda" is the GPU that it means."""
+    monkeypatch.setattr(codec_cuda, "available", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(codec_cuda, "upload", lambda frame, device: frame)
+    monkeypatch.setattr(codec_cuda, "new_status", lambda device: torch.zeros(1, dtype=torch.int32))
+    paths = [tmp_path / name for name in "xy"]
+    for sign, path in zip((1, -1), paths, strict=True):
+        with TrajectoryWriter(path) as writer:
+            for step in range(9):
+                writer.append(step, {"a": torch.full((9,), float(sign * (step + 1)))})
+    caches = Caches(2 * 36)
+    stores = [TrajectoryStore(path, caches=caches) for path in paths]
+    for _ in range(2):
+        for sign, store in zip((1, -1), stores, strict=True):
+            for name in ("cuda", "cuda:1"):
+                assert store.read(4, device=None)["a"][0] == 5 * sign
+                flat = store._on(torch.device(name))
+                assert flat is not None and flat.flat(4)[0] == 5 * sign
+                assert list(caches.devices) == [torch.device("cuda:1")]
+                assert 0 < caches.host.bytes <= 2 * 36
+                assert 0 < caches.on(torch.device("cuda:1")).bytes <= 2 * 36
+    for store in stores:
+        store.close()
+    assert caches.host.bytes == caches.on(torch.device("cuda:1")).bytes == 0
 
 
 def test_what_a_failed_read_decoded_is_not_kept(path: Path, stand: Stand) -> None:
@@ -88,7 +120,7 @@ def test_what_a_failed_read_decoded_is_not_kept(path: Path, stand: Stand) -> Non
     stand.bad = True
     with pytest.raises(InputError, match=r"t\.nacd: the snapshot of step 5, .*: an unknown tile mode"):
         device.flat(5)
-    assert not device.keys
+    assert not kept(device)
 
 
 def test_bfloat16(tmp_path: Path, stand: Stand) -> None:
@@ -120,7 +152,7 @@ def test_gpu_reads_the_same(path: Path) -> None:
         made = store.read(step, device="cuda")
         assert all(t.device.type == "cuda" for t in made.values())
         assert_same_bits({name: t.cpu() for name, t in made.items()}, snapshot(step))
-    assert store.on_devices
+    assert list(store.caches.devices) == [torch.device("cuda", torch.cuda.current_device())]
     with store.prefetch([(1, 3), (5, 9)], device="cuda") as pairs:
         for (start, target), (t, t_end) in zip(pairs, [(1, 3), (5, 9)], strict=True):
             assert_same_bits({name: x.cpu() for name, x in start.items()}, snapshot(t))

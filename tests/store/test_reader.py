@@ -213,7 +213,7 @@ def test_the_base_layer_is_near(wide: Path) -> None:
 
 
 def test_the_cache_is_bounded_and_keeps_keys() -> None:
-    cache = FrameCache(limit=40)
+    cache: FrameCache[Any] = FrameCache(limit=40)
     made = {step: np.full(3, step, np.uint32) for step in range(6)}  # 12 bytes each
     cache.put(0, made[0], key=True)
     for step in (1, 2, 3):
@@ -228,8 +228,11 @@ def test_the_cache_is_bounded_and_keeps_keys() -> None:
     assert [cache.get(step) is not None for step in range(6)] == [True, False, False, False, True, True]
     cache.put(9, np.zeros(11, np.uint32), key=True)
     assert cache.get(9) is None and cache.bytes == 36
-    with pytest.raises(ValueError, match="read-only"):
-        made[0][:] = 1
+
+
+def test_what_is_kept_is_read_only(wide: Path) -> None:
+    with TrajectoryStore(wide) as store, pytest.raises(ValueError, match="read-only"):
+        store.decoder.words(0)[:] = 1
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 3 * 904_712, 2**29])
