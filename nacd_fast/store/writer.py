@@ -170,8 +170,10 @@ class TrajectoryWriter:
             self.open_file.close()
 
     def _remove_open(self) -> None:
+        """For good: were it there again after a power cut, its frames' references might be gone."""
         if self.open_file is not None:
             os.unlink(self.open_path)
+            sync_folder(self.path.parent)
             self.open_file.close()
             self.open_file = None
         self.index.open_end = 0

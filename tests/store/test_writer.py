@@ -453,8 +453,9 @@ def test_free_space_is_looked_at_first(path: Path, monkeypatch: pytest.MonkeyPat
     assert_holds(path, [0, 1])
 
 
-def test_durable_before_append_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of writes and syncs: schema, frame, and at the ninth append the frames, their seal, the open file."""
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls that change files or make changes last, in their order; writes in a row are one."""
     events: list[str] = []
 
     def note(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -465,8 +466,16 @@ def test_durable_before_append_returns(path: Path, monkeypatch: pytest.MonkeyPat
 
         return noted
 
-    for name in ("pwrite", "fdatasync", "fsync", "unlink"):
+    for name in ("pwrite", "fdatasync", "fsync", "unlink", "ftruncate", "replace"):
         monkeypatch.setattr(os, name, note(name, getattr(os, name)))
+    return events
+
+
+SEALING = ["pwrite", "fdatasync", "pwrite", "fdatasync", "unlink", "fsync"]
+
+
+def test_durable_before_append_returns(path: Path, events: list[str]) -> None:
+    """The order of writes and syncs: schema, frame, and at the ninth append the frames, their seal, the open file."""
     with TrajectoryWriter(path) as writer:
         events.clear()
         writer.append(0, snapshot(0))
@@ -477,8 +486,30 @@ def test_durable_before_append_returns(path: Path, monkeypatch: pytest.MonkeyPat
             assert events == ["pwrite", "fdatasync"]
         events.clear()
         writer.append(9, snapshot(9))
-        sealing = ["pwrite", "fdatasync", "pwrite", "fdatasync", "unlink"]
-        assert events == [*sealing, "pwrite", "fdatasync", "fsync"]
+        assert events == [*SEALING, "pwrite", "fdatasync", "fsync"]
+        events.clear()
+    assert events == SEALING
+
+
+@pytest.mark.parametrize(
+    ("after", "calls"),
+    [
+        (7, ["ftruncate", "fdatasync"]),
+        (4, ["unlink", "fsync"]),
+        (3, ["pwrite", "fdatasync", "replace", "fsync", "ftruncate", "fdatasync"]),
+        (-1, ["unlink", "fsync", "ftruncate", "fdatasync"]),
+    ],
+)
+def test_a_cut_is_in_the_folder_before_the_main_file_is_cut(
+    path: Path, events: list[str], after: int, calls: list[str]
+) -> None:
+    """Else a power cut could bring the open file back, without the snapshots that it is coded against."""
+    with TrajectoryWriter(path, group=4) as writer:
+        for step in range(9):
+            writer.append(step, snapshot(step))
+        events.clear()
+        writer.truncate(after)
+        assert events == calls
 
 
 def test_an_interrupted_writer_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
