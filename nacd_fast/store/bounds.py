@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codec import TILE
+from ..codec import TILE, CodecError
 from .schema import Schema, Words
 
 Bounds = NDArray[np.float32]  # one a tensor
@@ -58,14 +58,14 @@ def to_table(bounds: Bounds) -> NDArray[np.uint8]:
 
 
 def from_table(table: NDArray[np.uint8], schema: Schema) -> Bounds:
-    """The bounds of a record. Raises ValueError for a table that does not fit."""
+    """The bounds of a record. Raises CodecError for a table that does not fit."""
     if len(table) == 0:
         return np.zeros(len(schema.tensors), np.float32)
     if len(table) != 4 * len(schema.tensors):
-        raise ValueError(f"{len(table)} bytes of bounds for {len(schema.tensors)} tensors")
+        raise CodecError(f"{len(table)} bytes of bounds for {len(schema.tensors)} tensors")
     bounds = table.view("<f4").astype(np.float32)
     if not np.all((bounds >= 0) & (bounds < LARGEST)):
-        raise ValueError("bounds that are no sizes of errors")
+        raise CodecError("bounds that are no sizes of errors")
     return bounds
 
 

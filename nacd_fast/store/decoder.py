@@ -1,7 +1,7 @@
 """Snapshots from frames: reads a frame's bytes, decodes its references first, and keeps those for the next one.
 
-Every decoded block is compared with its words' checksum: a reference that is not the one that was encoded against is an
-error like any damaged byte, never a wrong tensor.
+Every decoded block is compared with its words' checksum, but with base_only, whose words have none, and on a GPU
+(device.py): a reference that is not the one that was encoded against is an error like any damaged byte.
 """
 
 import os
@@ -17,6 +17,7 @@ from .. import codec
 from ..codec import BLOCK, SLACK, TILE, CodecError
 from ..codec_format import BLOCK_HEADER, ENTRY
 from ..errors import InputError
+from .bounds import Bounds, from_table
 from .index import Index, Place
 from .records import HEADER, Bytes
 from .schema import Schema, Words
@@ -167,6 +168,23 @@ class Decoder:
         record = place.record
         table = np.empty(record.payload_bytes - record.frame_bytes, np.uint8)
         return read_into(table, place, record.payload + record.frame_bytes)
+
+    def bounds(self, step: int) -> Bounds:
+        """Those that its record holds, verified."""
+        self.check_record(step)
+        place = self.index.frames[step]
+        try:
+            return from_table(self.read_table(place), self.schema)
+        except CodecError as error:
+            raise InputError(f"{place.path}: the snapshot of step {step}: {error}") from None
+
+    def base_error(self, step: int) -> float:
+        """The most that a weight decoded with base_only is off."""
+        place = self.index.frames[step]
+        try:
+            return codec.base_error(self.read_frame(place, self.all))
+        except CodecError as error:
+            raise InputError(f"{place.path}: the snapshot of step {step}: {error}") from None
 
     def check_record(self, step: int) -> None:
         """Raise InputError unless the record's bytes are those that were written."""

@@ -1,7 +1,7 @@
 """Snapshots decoded on a GPU: frames cross to it as they are stored, and keys stay there.
 
 decoder.py's recursion with codec_cuda in the place of codec. The host verifies each frame's checksums before it is
-sent; only the comparison of the decoded words with theirs is left out.
+sent; the decoded words are not compared with theirs, as the CPU does at every read but with base_only.
 """
 
 import torch

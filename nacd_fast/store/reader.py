@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import codec_cuda
 from ..codec import BLOCK
 from ..errors import InputError
-from .bounds import by_name, from_table
+from .bounds import by_name
 from .decoder import Caches, Decoder, FrameCache
 from .device import DeviceDecoder
 from .index import Index, open_name, read_index
@@ -85,12 +85,12 @@ class TrajectoryStore:
     def bounds(self, step: int) -> Mapping[str, float]:
         """The most that a weight of each tensor is off; 0 is lossless."""
         self.check_step(step)
-        self.decoder.check_record(step)
-        place = self.index.frames[step]
-        try:
-            return by_name(from_table(self.decoder.read_table(place), self.schema), self.schema)
-        except ValueError as error:
-            raise InputError(f"{place.path}: the snapshot of step {step}: {error}") from None
+        return by_name(self.decoder.bounds(step), self.schema)
+
+    def base_error(self, step: int) -> float:
+        """The most that a weight of the snapshot is off where it is read with base_only."""
+        self.check_step(step)
+        return self.decoder.base_error(step)
 
     def read(
         self,
@@ -106,7 +106,8 @@ class TrajectoryStore:
 
         tensors: names, or what names begin with; only the blocks that hold them are decoded. out is filled: a flat
         tensor of all that is read, or a tensor by name. Without it: on `device`, as `dtype` (default: the CPU, as they
-        are stored); a whole snapshot for a GPU is decoded there. base_only: approximate, from fewer bytes.
+        are stored); a whole snapshot for a GPU is decoded there. base_only: approximate, each
+        weight at most base_error(step) off: less work, the same bytes.
         """
         self.check_step(step)
         names = self._select(tensors)
@@ -151,7 +152,7 @@ class TrajectoryStore:
         """Decode every frame; `done(step)` is called after each. Raises InputError for the first damaged snapshot."""
         decoder = Decoder(self.index, self.schema, FrameCache(self.caches.limit), self.decoder.threads)
         for step in self.steps:
-            decoder.check_record(step)
+            decoder.bounds(step)
             decoder.words(step)
             done(step)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nacd_fast.codec import CodecError
 from nacd_fast.errors import InputError
-from nacd_fast.store import TrajectoryStore, TrajectoryWriter
+from nacd_fast.store import TrajectoryStore, TrajectoryWriter, writer
 from nacd_fast.store.bounds import from_table, runs_of
 from nacd_fast.store.schema import Schema
 from tests.store.snapshots import Shapes, assert_same_bits, snapshot
@@ -114,10 +115,10 @@ def test_a_tile_in_two_tensors_takes_the_smaller_bound() -> None:
 def test_a_table_that_does_not_fit(tmp_path: Path) -> None:
     schema = Schema({"a": [1], "b": [1]}, "float32", "fast", 8, 0.1)
     assert from_table(np.empty(0, np.uint8), schema).tolist() == [0, 0]
-    with pytest.raises(ValueError, match="7 bytes of bounds for 2 tensors"):
+    with pytest.raises(CodecError, match="7 bytes of bounds for 2 tensors"):
         from_table(np.zeros(7, np.uint8), schema)
     for bad in (np.nan, np.inf, -1e-3):
-        with pytest.raises(ValueError, match="no sizes of errors"):
+        with pytest.raises(CodecError, match="no sizes of errors"):
             from_table(np.array([1e-3, bad], "<f4").view(np.uint8), schema)
 
 
@@ -134,3 +135,16 @@ def test_a_changed_bound_is_found(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(InputError, match="step 1: a record's payload that changed"):
             store.bounds(1)
+
+
+def test_verify_reads_the_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.nacd"
+    monkeypatch.setattr(writer, "to_table", lambda bounds: np.full(3, 255, np.uint8) if bounds.any() else bounds[:0])
+    with TrajectoryWriter(path, eps=0.1) as made:
+        for step in range(2):
+            made.append(step, {"a": torch.full((9,), float(step))})
+        with TrajectoryStore(path) as store:
+            for read in (store.verify, lambda: store.bounds(1)):
+                with pytest.raises(InputError, match=r"open: the snapshot of step 1: 3 bytes of bounds for 1 tensors"):
+                    read()
+        made._release()

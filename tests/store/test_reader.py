@@ -203,7 +203,11 @@ def test_the_base_layer_is_near(wide: Path) -> None:
     with TrajectoryStore(wide) as store:
         exact, base = store.read(5), store.read(5, base_only=True)
         part = store.read(5, tensors=["d"], base_only=True)["d"]
+        limit = store.base_error(5)
     assert torch.equal(part, base["d"])
+    finite = exact["b"].isfinite() & (exact["b"].abs() < 1e30)
+    assert max(float((exact[n].double() - base[n]).abs()[finite if n == "b" else ...].max()) for n in exact) <= limit
+    assert 0 < limit < 1e-3 * float(exact["a"].abs().max())
     for name in ("a", "d"):
         error = float((exact[name] - base[name]).abs().max())
         assert 0 < error < 1e-3 * float(exact[name].abs().max())
