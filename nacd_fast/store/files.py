@@ -29,6 +29,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """The folder and those above it, where they are missing; their names survive a power cut."""
+    missing = [above for above in (folder, *folder.parents) if not above.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync_folder(made.parent)
+
+
 def create(path: Path) -> FileIO:
     """An empty file, for reading and writing. Raises FileExistsError: what is there is not thrown away."""
     return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "r+")
@@ -43,7 +51,7 @@ def cut(file: FileIO, end: int) -> None:
 
 def open_locked(path: Path) -> FileIO:
     """The file, made if it is not there, for one writer at a time: others get an InputError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,6 +59,13 @@ def open_locked(path: Path) -> FileIO:
         file.close()
         raise InputError(f"{path}: another writer has it open") from None
     return file
+
+
+def close_locked(file: FileIO) -> None:
+    """Let others write. Closing alone does not, while a forked child has the file open too."""
+    if not file.closed:
+        fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+        file.close()
 
 
 def free_bytes(folder: Path) -> int:

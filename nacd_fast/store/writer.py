@@ -22,13 +22,12 @@ from ..codec import BLOCK, TILE
 from ..errors import InputError
 from .bounds import bounds_of, from_table, runs_of, to_table
 from .decoder import Decoder, FrameCache
-from .files import check_room, create, cut, open_locked, sync_folder, write_at
+from .files import check_room, close_locked, create, cut, open_locked, sync_folder, write_at
 from .index import Index, Place, open_name, read_index
 from .layout import DEPTH, GROUP, MAX_GROUP, open_references, sealed
-from .records import FRAME, SCHEMA, SEAL, Bytes, Record, pack
+from .records import FRAME, MAX_STEP, SCHEMA, SEAL, Bytes, Record, pack
 from .schema import Schema, Words, check_tensors, flatten, is_count, schema_of
 
-MAX_STEP = 10**8 - 1
 SEAL_CACHE_BYTES = 2**28  # of decoded snapshots while a group is coded anew, but at least SEAL_CACHE of them
 SEAL_CACHE = 4
 
@@ -95,8 +94,8 @@ class TrajectoryWriter:
         schema = schema or schema_of(where, tensors, self.layout, self.group, self.eps)
         check_tensors(where, tensors, schema)
         words = flatten(tensors, schema)
-        check_room(self.path, 2 * frame_bound(schema.count) + self.index.open_end)
         with self._told(where):
+            check_room(self.path, 2 * frame_bound(schema.count) + self.index.open_end)
             if not self.index.frames:
                 self._begin(schema)
             elif self.index.left_key is None and self.index.groups and not self.index.open_steps:
@@ -165,7 +164,7 @@ class TrajectoryWriter:
         self.recent = {step: words for step, words in self.recent.items() if step in self.index.frames}
 
     def _release(self) -> None:
-        self.main.close()
+        close_locked(self.main)
         if self.open_file is not None:
             self.open_file.close()
 
@@ -332,10 +331,8 @@ class TrajectoryWriter:
         decoder.check_record(step)
         table = decoder.read_table(place)
         runs = runs_of(from_table(table, schema), schema, exact=True)
-        words = [decoder.words(at) for at in references]
-        frame = codec.encode(
-            decoder.words(step), words, zero_bits=schema.zero_bits, runs=runs, threads=self.threads
-        ).data
+        words, known = decoder.words(step), [decoder.words(at) for at in references]
+        frame = codec.encode(words, known, zero_bits=schema.zero_bits, runs=runs, threads=self.threads).data
         return write_frame(file, offset, step, references, [frame, table])
 
 

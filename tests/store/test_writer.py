@@ -9,6 +9,7 @@ from contextlib import suppress
 from itertools import count as count_from
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ from tests.store.snapshots import SHAPES, assert_holds, assert_same_bits, exit_o
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "t.nacd"
+
+
+def append_next(writer: TrajectoryWriter) -> None:
+    writer.append(len(writer.steps), snapshot(len(writer.steps)))
 
 
 def check_depth(path: Path, layout: str, steps: list[int], patch: pytest.MonkeyPatch) -> None:
@@ -160,11 +165,11 @@ def test_bfloat16(path: Path) -> None:
 # Bad input
 
 
-@pytest.mark.parametrize("step", [3, 2, -1, 10**8, True])
+@pytest.mark.parametrize("step", [3, 2, -1, 2**62 + 1, True])
 def test_steps_must_increase(path: Path, step: int) -> None:
     write(path, [3])
     with (
-        pytest.raises(InputError, match=r"step.*above the last step 3 and at most 99999999"),
+        pytest.raises(InputError, match=r"step.*above the last step 3 and at most 4611686018427387904"),
         TrajectoryWriter(path) as writer,
     ):
         writer.append(step, snapshot(0))
@@ -261,6 +266,43 @@ def test_a_second_writer_is_refused(path: Path) -> None:
     assert_holds(path, [0, 1, 2])
 
 
+def test_a_forked_child_does_not_keep_the_lock(path: Path) -> None:
+    """Loaders fork while a writer is open; they may live longer than it."""
+    reader, pipe = os.pipe()
+    with TrajectoryWriter(path) as writer:
+        writer.append(0, snapshot(0))
+        child = os.fork()
+        if child == 0:
+            os.close(pipe)
+            os.read(reader, 1)  # until the parent closes its end
+            os._exit(0)
+    try:
+        write(path, [1])
+    finally:
+        os.close(pipe)
+        os.waitpid(child, 0)
+        os.close(reader)
+    assert_holds(path, [0, 1])
+
+
+def test_new_folders_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    TrajectoryWriter(tmp_path / "a" / "b" / "t.nacd").close()
+    assert synced == [tmp_path, tmp_path / "a"]
+    TrajectoryWriter(tmp_path / "a" / "b" / "u.nacd").close()
+    assert len(synced) == 2
+
+
+def test_the_largest_step(path: Path) -> None:
+    with TrajectoryWriter(path) as writer:
+        for i, step in enumerate((0, 10**8, 2**62)):
+            writer.append(step, snapshot(i))
+    with TrajectoryStore(path) as store:
+        assert store.steps == [0, 10**8, 2**62]
+        assert_same_bits(store.read(2**62), snapshot(2))
+
+
 # A full disk
 
 
@@ -333,10 +375,6 @@ def test_what_could_not_be_cut_off_is_cut_off_later(
 
 
 # Calls that fail, each once
-
-
-def append_next(writer: TrajectoryWriter) -> None:
-    writer.append(len(writer.steps), snapshot(len(writer.steps)))
 
 
 FAILURE = OSError(errno.EIO, os.strerror(errno.EIO))
@@ -449,6 +487,9 @@ def test_free_space_is_looked_at_first(path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(InputError, match=r"t.nacd: the disk has 1,000 bytes left, the next snapshot may take \d"):
             writer.append(1, snapshot(1))
         monkeypatch.undo()
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=r"step 1: cannot be written \(Input/out"):
+            patch.setattr(os, "statvfs", Mock(side_effect=FAILURE))
+            writer.append(1, snapshot(1))
         writer.append(1, snapshot(1))
     assert_holds(path, [0, 1])
 
