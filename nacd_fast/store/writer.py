@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from .. import codec
-from ..codec import BLOCK, TILE
+from ..codec import BLOCK, TILE, CodecError
 from ..errors import InputError
 from .bounds import bounds_of, from_table, runs_of, to_table
 from .decoder import Decoder, FrameCache
@@ -333,7 +333,17 @@ class TrajectoryWriter:
         runs = runs_of(from_table(table, schema), schema, exact=True)
         words, known = decoder.words(step), [decoder.words(at) for at in references]
         frame = codec.encode(words, known, zero_bits=schema.zero_bits, runs=runs, threads=self.threads).data
+        self._check_frame(step, frame, known, words)
         return write_frame(file, offset, step, references, [frame, table])
+
+    def _check_frame(self, step: int, frame: Bytes, references: list[Words], words: Words) -> None:
+        """Raise InputError unless a frame decodes to `words`: the good one that it replaces is thrown away."""
+        try:
+            same = np.array_equal(codec.decode(frame, references, threads=self.threads, verify=True), words)
+        except CodecError:
+            same = False
+        if not same:
+            raise InputError(f"{self.path}: step {step}: coded anew, it decodes to other values; it stays as it was")
 
 
 def write_frame(file: FileIO, offset: int, step: int, references: list[int], payload: list[Bytes]) -> Record:

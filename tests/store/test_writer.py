@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -301,6 +302,35 @@ def test_the_largest_step(path: Path) -> None:
     with TrajectoryStore(path) as store:
         assert store.steps == [0, 10**8, 2**62]
         assert_same_bits(store.read(2**62), snapshot(2))
+
+
+@pytest.mark.parametrize("work", [append_next, TrajectoryWriter.close, lambda writer: writer.truncate(1)])
+@pytest.mark.parametrize("readable", [True, False])
+def test_an_encoder_that_fails_cannot_destroy_a_snapshot(
+    path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[TrajectoryWriter], None], readable: bool
+) -> None:
+    """A group that is coded anew is decoded before the frames that it replaces are gone."""
+    with suppress(KeyboardInterrupt), TrajectoryWriter(path, group=4) as writer:
+        for _ in range(13):
+            append_next(writer)
+        raise KeyboardInterrupt
+    before = path.read_bytes(), open_name(path).read_bytes()
+    encode = codec.encode
+
+    def wrong(words: Any, *args: Any, **options: Any) -> Any:
+        made = encode(words ^ np.uint32(0x10000), *args, **options)
+        if not readable:
+            made.data[-1] ^= 1
+        return made
+
+    writer = TrajectoryWriter(path, group=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "encode", wrong)
+        with pytest.raises(InputError, match=r"t\.nacd: step \d+: coded anew, it decodes to other values"):
+            work(writer)
+    assert (path.read_bytes(), open_name(path).read_bytes()) == before
+    writer.close()
+    assert_holds(path, range(13))
 
 
 # A full disk
