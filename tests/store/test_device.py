@@ -105,7 +105,7 @@ def test_stores_share_one_limit(tmp_path: Path, stand: Stand, monkeypatch: pytes
         for sign, store in zip((1, -1), stores, strict=True):
             for name in ("cuda", "cuda:1"):
                 assert store.read(4, device=None)["a"][0] == 5 * sign
-                flat = store._on(torch.device(name))
+                flat = store._on(torch.device(name), store.decoder)
                 assert flat is not None and flat.flat(4)[0] == 5 * sign
                 assert list(caches.devices) == [torch.device("cuda:1")]
                 assert 0 < caches.host.bytes <= 2 * 36
@@ -139,7 +139,7 @@ def test_bfloat16(tmp_path: Path, stand: Stand) -> None:
 def test_a_machine_without_a_gpu_decodes_on_the_cpu(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec_cuda, "available", lambda device: False)
     store = TrajectoryStore(path)
-    assert store._on(torch.device("cuda")) is None and store._on(CPU) is None
+    assert all(store._on(device, store.decoder) is None for device in (torch.device("cuda"), CPU))
     assert_same_bits(store.read(5, device="cpu"), snapshot(5))
 
 

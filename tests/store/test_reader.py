@@ -145,7 +145,13 @@ def test_prefixes(tmp_path: Path) -> None:
     with TrajectoryStore(path) as store:
         assert list(store.read(0, tensors=["layers.1."])) == ["layers.1.A", "layers.1.B"]
         assert list(store.read(0, tensors=["layers.1"])) == ["layers.1"]  # a name before what begins with it
-        with pytest.raises(InputError, match=r"t\.nacd: no tensor is 'layers.2' or begins with it"):
+        assert list(store.read(0, tensors=["layers"])) == sorted(names)
+        assert list(store.read(0, tensors=["layers.10"])) == ["layers.10.A"]
+    with TrajectoryWriter(tmp_path / "u") as writer:
+        writer.append(0, {name: torch.ones(2) for name in names[:3]})
+    with TrajectoryStore(tmp_path / "u") as store:
+        assert list(store.read(0, tensors=["layers.1"])) == ["layers.1.A", "layers.1.B"]
+        with pytest.raises(InputError, match=r"u: no tensor is 'layers.2' or begins with it"):
             store.read(0, tensors=["layers.2"])
 
 
@@ -181,6 +187,27 @@ def test_out_is_filled(wide: Path) -> None:
         for bad in (torch.empty(len(flat) + 1), torch.empty(1, len(flat))):
             with pytest.raises(InputError, match=r"out of shape .*: must be \[226178\]"):
                 store.read(5, out=bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"c": None}, "out has tensors a, b, d, must have a, b, c, d"),
+        ({"e": torch.empty(1)}, "out has tensors a, b, c, d, e, must have a, b, c, d"),
+        ({"c": torch.empty(5)}, "out: tensor c has shape [5], must be [1]"),
+        ({"c": torch.empty(1, dtype=torch.int32)}, "out: tensor c is torch.int32, must be of a floating type"),
+    ],
+)
+def test_out_by_name_must_fit(wide: Path, change: dict[str, Any], message: str) -> None:
+    fits = {name: torch.zeros(shape) for name, shape in WIDE.items()} | change
+    out = {name: t for name, t in sorted(fits.items()) if t is not None}
+    with TrajectoryStore(wide) as store:
+        with pytest.raises(InputError) as caught:
+            store.read(5, out=out)
+        assert str(caught.value) == message
+        assert not any(t.any() for name, t in out.items() if name in "abd")
+        with pytest.raises(InputError, match=r"out is torch\.int64, must be of a floating type"):
+            store.read(5, out=torch.empty(226178, dtype=torch.int64))
 
 
 def test_device_and_dtype(wide: Path) -> None:
@@ -377,6 +404,31 @@ def test_weights_that_no_frame_of_its_size_holds(tmp_path: Path) -> None:
         for tensors in (None, ["a"]):
             with pytest.raises(InputError, match=r"step 0: 204 bytes for 1099511627776 weights"):
                 store.read(0, tensors=tensors)
+
+
+def test_a_store_goes_on_where_a_writer_takes_the_last_group_back(tmp_path: Path) -> None:
+    path = tmp_path / "t.nacd"
+    write(path, range(12))
+    with TrajectoryStore(path) as store, TrajectoryWriter(path) as writer:
+        assert_same_bits(store.read(9), snapshot(9))
+        writer.append(12, snapshot(12))
+        assert_same_bits(store.read(10), snapshot(10))
+        assert store.steps == list(range(13))
+
+
+def test_what_was_cached_of_a_group_that_is_written_anew_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "t.nacd"
+    write(path, range(6))
+    with TrajectoryStore(path) as store, TrajectoryWriter(path) as writer:
+        store.read(4)
+        writer.truncate(2)
+        for step in range(3, 5):
+            writer.append(step, snapshot(step + 50))
+        with pytest.raises(InputError, match="step 5: the file was cut or changed"):
+            store.read(5)
+        for step in (4, 3):
+            assert_same_bits(store.read(step), snapshot(step + 50))
+        assert_same_bits(store.read(2), snapshot(2))
 
 
 def test_a_path_without_a_name() -> None:
