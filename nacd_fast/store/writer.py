@@ -3,8 +3,8 @@
 What a writer has put on the disk when `append` returns stays there: the frame is written to the open file and synced.
 A full group is sealed at the next append, the last one by `close`: its frames, coded anew, go to the main file and are
 synced, then the seal is, and only then is the open file removed. Taking back works the other way round. At every moment
-the two files hold each snapshot at least once, and a closed trajectory's bytes follow from its snapshots alone,
-however often the writing was interrupted.
+the two files hold each snapshot at least once, and a closed trajectory's bytes follow from its snapshots and the codec
+alone, however often the writing was interrupted.
 """
 
 import os
@@ -251,7 +251,10 @@ class TrajectoryWriter:
             bounds = bounds_of(words, self._known(self.steps[-1], decoder), schema)
             table, runs = to_table(bounds), runs_of(bounds, schema, exact=False)
         frame = codec.encode(words, references, zero_bits=schema.zero_bits, runs=runs, threads=self.threads).data
-        kept = codec.decode(frame, references, threads=self.threads) if runs else words
+        try:  # read back before it is promised: what a reader would see
+            kept = codec.decode(frame, references, threads=self.threads, verify=True)
+        except CodecError as error:
+            raise InputError(f"{self.path}: step {step}: its frame cannot be read back ({error})") from None
 
         new = self.open_file is None
         file = self.open_file = self.open_file or create(self.open_path)

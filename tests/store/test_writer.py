@@ -304,6 +304,24 @@ def test_the_largest_step(path: Path) -> None:
         assert_same_bits(store.read(2**62), snapshot(2))
 
 
+def test_an_append_is_read_back_before_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = codec.encode
+
+    def wrong(*args: Any, **options: Any) -> codec.Encoded:
+        made = encode(*args, **options)
+        made.data[-1] ^= 1
+        return made
+
+    with TrajectoryWriter(tmp_path / "t.nacd") as writer:
+        writer.append(0, snapshot(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(codec, "encode", wrong)
+            with pytest.raises(InputError, match="step 1: its frame cannot be read back"):
+                writer.append(1, snapshot(1))
+        writer.append(1, snapshot(1))
+    assert_holds(tmp_path / "t.nacd", [0, 1])
+
+
 @pytest.mark.parametrize("work", [append_next, TrajectoryWriter.close, lambda writer: writer.truncate(1)])
 @pytest.mark.parametrize("readable", [True, False])
 def test_an_encoder_that_fails_cannot_destroy_a_snapshot(
