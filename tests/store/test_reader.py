@@ -419,16 +419,18 @@ def test_a_store_goes_on_where_a_writer_takes_the_last_group_back(tmp_path: Path
 def test_what_was_cached_of_a_group_that_is_written_anew_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "t.nacd"
     write(path, range(6))
-    with TrajectoryStore(path) as store, TrajectoryWriter(path) as writer:
-        store.read(4)
+    with TrajectoryStore(path) as store, TrajectoryStore(path) as cold, TrajectoryWriter(path) as writer:
+        store.read(4)  # keeps what it is coded against
         writer.truncate(2)
         for step in range(3, 5):
             writer.append(step, snapshot(step + 50))
         with pytest.raises(InputError, match="step 5: the file was cut or changed"):
-            store.read(5)
+            cold.read(5)
         for step in (4, 3):
             assert_same_bits(store.read(step), snapshot(step + 50))
         assert_same_bits(store.read(2), snapshot(2))
+        with pytest.raises(InputError, match="no snapshot at step 5; nearest: 4"):
+            store.read(5)
 
 
 def test_a_path_without_a_name() -> None:
