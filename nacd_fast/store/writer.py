@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import codec
 from ..codec import BLOCK, TILE, CodecError
 from ..errors import InputError
-from .bounds import bounds_of, from_table, runs_of, to_table
+from .bounds import bounds_of, runs_of, to_table
 from .decoder import Decoder, FrameCache
 from .files import check_room, close_locked, create, cut, open_locked, sync_folder, write_at
 from .index import Index, Place, open_name, read_index
@@ -331,9 +331,7 @@ class TrajectoryWriter:
     def _recode(self, file: FileIO, offset: int, step: int, references: list[int], decoder: Decoder) -> Record:
         """Write a snapshot's frame anew, against other references; its values and bounds stay what they are."""
         schema, place = decoder.schema, self.index.frames[step]
-        decoder.check_record(step)
-        table = decoder.read_table(place)
-        runs = runs_of(from_table(table, schema), schema, exact=True)
+        runs, table = runs_of(decoder.bounds(step), schema, exact=True), decoder.read_table(place)
         words, known = decoder.words(step), [decoder.words(at) for at in references]
         frame = codec.encode(words, known, zero_bits=schema.zero_bits, runs=runs, threads=self.threads).data
         self._check_frame(step, frame, known, words)
