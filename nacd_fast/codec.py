@@ -21,7 +21,7 @@ from .codec_format import BLOCK, SLACK, TILE, Bytes, CodecError, Words, ceil_div
 
 __all__ = [
     "BLOCK", "SLACK", "TILE", "Bytes", "CodecError", "Encoded", "FrameInfo", "Words",
-    "backend", "base_error", "crc32c", "decode", "encode", "read_info",
+    "backend", "base_error", "chosen_blocks", "crc32c", "decode", "encode", "read_info",
 ]  # fmt: skip
 
 PREDICTORS = ("none", "previous", "linear")  # by number of references
@@ -148,6 +148,17 @@ def base_error(frame: Bytes, blocks: range | None = None) -> float:
         raise CodecError(str(error)) from None
 
 
+def chosen_blocks(frame: Bytes, info: FrameInfo, blocks: range | None) -> range:
+    """`blocks` of the frame, None for all. Raises CodecError unless all of its bytes are there."""
+    if blocks is None:
+        blocks = range(info.blocks)
+    if blocks.step != 1 or not 0 <= blocks.start <= blocks.stop <= info.blocks:
+        raise ValueError(f"blocks {blocks}, must be a part of range(0, {info.blocks})")
+    if len(frame) < info.bytes:
+        raise CodecError("fewer bytes than its header says")
+    return blocks
+
+
 def crc32c(data: Bytes, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of the bytes, continued from `crc`."""
     _check_bytes(data)
@@ -176,12 +187,7 @@ def _core() -> tuple[ModuleType, str]:
 def _locate(frame: Bytes, blocks: range | None) -> tuple[FrameInfo, range, int, int]:
     """The frame's head, the blocks that are meant, and where in the frame they begin and end."""
     info = read_info(frame)
-    if blocks is None:
-        blocks = range(info.blocks)
-    if blocks.step != 1 or not 0 <= blocks.start <= blocks.stop <= info.blocks:
-        raise ValueError(f"blocks {blocks}, must be a part of range(0, {info.blocks})")
-    if len(frame) < info.bytes:
-        raise CodecError("fewer bytes than its header says")
+    blocks = chosen_blocks(frame, info, blocks)
     return info, blocks, *_core()[0].block_range(frame, blocks.start, len(blocks))
 
 

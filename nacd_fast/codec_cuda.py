@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .codec import PREDICTORS, Bytes, CodecError, FrameInfo, read_info
+from .codec import PREDICTORS, Bytes, CodecError, FrameInfo, chosen_blocks, read_info
 
 NAME = "_codec_cuda"
 LEAST_CAPABILITY = (8, 0)  # what it is compiled for: CMakeLists.txt
@@ -71,12 +71,7 @@ def upload(frame: Bytes, device: torch.device, *, blocks: range | None = None) -
     """
     module = _module()
     info = read_info(frame)
-    if blocks is None:
-        blocks = range(info.blocks)
-    if blocks.step != 1 or not 0 <= blocks.start <= blocks.stop <= info.blocks:
-        raise ValueError(f"blocks {blocks}, must be a part of range(0, {info.blocks})")
-    if len(frame) < info.bytes:
-        raise CodecError("fewer bytes than its header says")
+    blocks = chosen_blocks(frame, info, blocks)
     try:
         plan, begin, end, shared_bytes = module.plan(frame, blocks.start, len(blocks))
         staged = torch.empty(
