@@ -1,4 +1,4 @@
-"""What every test runs under: no hub, one thread unless told otherwise, and `gpu` tests only where there is a GPU."""
+"""What every test runs under: no hub, one thread, Triton interpreted and `gpu` tests skipped where there is no GPU."""
 
 import os
 
@@ -7,14 +7,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is defined
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
-
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
