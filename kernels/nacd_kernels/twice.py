@@ -2,29 +2,38 @@
 
 For y = f(x) an op file gives (inputs and tangents are tuples; a None stands for a zero that is never materialised)
 
-    forward(*inputs)                                         -> y, stats
-    backward(inputs, stats, dy, needs)                       -> dx = J(x)^T dy
-    jvp(inputs, stats, tangents)                             -> y', stats'
-    backward_jvp(inputs, stats, tangents, stats', dy, dy', needs) -> d/de backward along (x', dy')
+    forward(*inputs)                                              -> y, stats
+    backward(inputs, stats, dy, needs)                            -> dx = J(x)^T dy
+    jvp(inputs, stats, tangents)                                  -> y', stats'
+    backward_jvp(inputs, stats, tangents, stats', dy, dy', needs) -> dx' = d/de backward along (x', dy')
+
+and, where primal and tangent share work, the two pairs that a dual pass then calls instead:
+
+    forward_dual(inputs, tangents)                                 -> y, stats, y', stats'
+    backward_dual(inputs, stats, tangents, stats', dy, dy', needs) -> dx, dx'
 
 `needs` says which of the inputs want a gradient. Trailing inputs may be constants (labels, a frozen weight, a scale):
-`differentiable` is the number of leading inputs that are not.
+`differentiable` is the number of leading inputs that are not. Statistics are tensors that the later functions reuse; with
+`saves_output` they are handed on as (y, *stats), so that no op keeps a copy of its result.
 
-Statistics are floating tensors, and no statistic is y itself. Forward-over-reverse is `jvp` then `backward_jvp`.
-Reverse-over-reverse needs no more: for a cotangent u on dx, the double backward is jvp(u) with respect to dy and
-backward_jvp(x' = u, dy' = 0) with respect to x, because the Hessian of <dy, f(x)> is symmetric.
+Forward-over-reverse is `jvp` then `backward_jvp`. Reverse-over-reverse needs no more: for a cotangent u on dx, the double
+backward is jvp(u) with respect to dy and backward_jvp(x' = u, dy' = 0) with respect to x, because the Hessian of
+<dy, f(x)> is symmetric.
 
-An op built on a raw kernel without this gives *silently wrong* second derivatives. What is not there (third
-derivatives, reverse-over-forward) raises; nothing is dropped in silence.
+An op built on a raw kernel without this gives *silently wrong* second derivatives. What is not there (third derivatives,
+reverse-over-forward) raises; nothing is dropped in silence. The functions see plain tensors and never autocast, whatever
+transform, checkpoint or mode the op is called under: `torch.func.vmap` goes through its batch in a loop.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree  # underscored, but what torch.func and its users flatten trees with
 
 Tensors = tuple[Any, ...]  # of Tensor or None
 Maybe = Any  # a Tensor or None. Any, because which of them come together is the op's knowledge, not a type checker's
@@ -34,15 +43,254 @@ _bare_tangents: ContextVar[bool] = ContextVar("bare_tangents", default=False)
 
 @contextmanager
 def bare_tangents() -> Iterator[None]:
-    """In here the tangents carry no graph, not even one that refuses to be differentiated.
+    """For dual passes by torch.autograd.forward_ad: in here the tangents of the ops carry no graph.
 
-    That saves memory in a dual pass.
+    That saves memory, and lets an op compute its result and the tangent together. A tangent made in here must not be
+    differentiated: outside, trying to raises.
     """
     token = _bare_tangents.set(True)
     try:
         yield
     finally:
         _bare_tangents.reset(token)
+
+
+def in_dual_pass() -> bool:
+    """Under `bare_tangents` and no torch.func transform, whose tensors cannot be taken apart here."""
+    return _bare_tangents.get() and not torch._C._are_functorch_transforms_active()
+
+
+def twice_differentiable(
+    forward: Callable[..., tuple[Tensor, Tensors]],
+    backward: Callable[..., Tensors],
+    jvp: Callable[..., tuple[Tensor | None, Tensors]],
+    backward_jvp: Callable[..., Tensors],
+    differentiable: int,
+    *,
+    forward_dual: Callable[..., tuple[Tensor, Tensors, Tensor | None, Tensors]] | None = None,
+    backward_dual: Callable[..., tuple[Tensors, Tensors]] | None = None,
+    saves_output: bool = False,
+) -> Callable[..., Tensor]:
+    """The op `inputs -> y`; see the module's docstring for the functions."""
+
+    def with_output(y: Maybe, stats: Tensors) -> Tensors:
+        return (y, *stats) if saves_output else stats
+
+    def filled(tangents: Tensors, primals: Tensors, needs: Sequence[bool]) -> Tensors:
+        """Zeros where autograd insists on a tangent."""
+        triples = zip(tangents, primals, needs, strict=True)
+        return tuple(torch.zeros_like(x) if t is None and need else t for t, x, need in triples)
+
+    def tangent_of_forward(inputs: Tensors, saved: Tensors, tangents: Tensors) -> Tensors:
+        y_t, stats_t = jvp(inputs, saved, tangents)
+        kept = saved[1:] if saves_output else saved
+        return (y_t, *filled(stats_t, kept, [x.is_floating_point() for x in kept]))
+
+    def tangent_of_backward(
+        inputs: Tensors, saved: Tensors, tangents: Tensors, saved_t: Tensors, dy: Tensor, dy_t: Maybe, needs: Any
+    ) -> Tensors:
+        dx_t = backward_jvp(inputs, saved, tangents, saved_t, dy, dy_t, needs)
+        return filled(dx_t, inputs[:differentiable], needs)
+
+    def double_backward(inputs: Tensors, saved: Tensors, u: Tensors, dy: Tensor, needs: Any) -> Tensors:
+        """Cotangents of (dy, *inputs) for a cotangent u of dx."""
+        y_t, stats_t = jvp(inputs, saved, u)
+        return (y_t, *backward_jvp(inputs, saved, u, with_output(y_t, stats_t), dy, None, needs))
+
+    jvp_once = _once("the reverse-over-forward derivative of an op", tangent_of_forward)
+    backward_jvp_once = _once("the reverse-over-forward derivative of an op", tangent_of_backward)
+    double_backward_once = _once("the third derivative of an op", double_backward)
+
+    class Backward(_Function):
+        """(dy, dual, n_saved, needs, *inputs, *saved) -> dx."""
+
+        @staticmethod
+        def forward(dy: Tensor, dual: "_Dual | None", n_saved: int, needs: Any, *rest: Any) -> Tensors:
+            inputs, saved = rest[: len(rest) - n_saved], rest[len(rest) - n_saved :]
+            with plain(dy):
+                if dual is None or backward_dual is None:
+                    return tuple(backward(inputs, saved, dy, needs))
+                dx, dx_t = backward_dual(inputs, saved, dual.tangents, dual.saved_t, dy, dual.dy_t, needs)
+                dual.result = filled(dx_t, inputs[:differentiable], needs)
+                return tuple(dx)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+            dy, ctx.dual, ctx.n_saved, ctx.needs, *rest = inputs
+            save(ctx, [dy, *rest])
+
+        @staticmethod
+        def jvp(ctx: Any, dy_t: Maybe, _dual: None, _n: None, _needs: Any, *rest_t: Maybe) -> Tensors:
+            if ctx.dual is not None and ctx.dual.result is not None:
+                return ctx.dual.take()
+            dy, *rest = saved_values(ctx)
+            n_inputs = len(rest) - ctx.n_saved
+            refuse_constants(rest_t[differentiable:n_inputs])
+            tangents = rest_t[:differentiable], rest_t[n_inputs:]
+            run = tangent_of_backward if in_dual_pass() else backward_jvp_once
+            with torch.no_grad() if in_dual_pass() else nullcontext(), plain(dy):
+                return run(tuple(rest[:n_inputs]), tuple(rest[n_inputs:]), *tangents, dy, dy_t, ctx.needs)
+
+        @staticmethod
+        def backward(ctx: Any, *u: Maybe) -> Tensors:
+            dy, *rest = saved_values(ctx)
+            n_inputs = len(rest) - ctx.n_saved
+            needs = tuple(ctx.needs_input_grad[4 : 4 + differentiable])
+            inputs, saved = tuple(rest[:n_inputs]), tuple(rest[n_inputs:])
+            y_t, *dx = double_backward_once(inputs, saved, u, dy, needs)
+            return (y_t, None, None, None, *dx, *(None for _ in range(len(rest) - differentiable)))
+
+    class Forward(_Function):
+        """(dual, *inputs) -> (y, *stats).
+
+        The stats are outputs so that their tangents travel with them; they get no gradient.
+        """
+
+        @staticmethod
+        def forward(dual: "_Dual | None", *inputs: Any) -> Tensors:
+            with plain(inputs[0]):
+                if dual is None:
+                    y, stats = forward(*inputs)
+                else:
+                    assert forward_dual is not None
+                    y, stats, y_t, stats_t = forward_dual(inputs, dual.tangents)
+                    dual.result = (y_t, *filled(stats_t, stats, [x.is_floating_point() for x in stats]))
+            return (y, *stats)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+            ctx.dual, *rest = inputs
+            stats = output if saves_output else output[1:]
+            ctx.mark_non_differentiable(*(x for x in output[1:] if not x.is_floating_point()))
+            ctx.n_saved = len(stats)
+            save(ctx, [*rest, *stats])
+
+        @staticmethod
+        def jvp(ctx: Any, _dual: None, *tangents: Maybe) -> Tensors:
+            refuse_constants(tangents[differentiable:])
+            if ctx.dual is not None:
+                return ctx.dual.take()
+            values = saved_values(ctx)
+            inputs, saved = tuple(values[: len(tangents)]), tuple(values[len(tangents) :])
+            run = tangent_of_forward if in_dual_pass() else jvp_once
+            with torch.no_grad() if in_dual_pass() else nullcontext(), plain(values[0]):
+                return run(inputs, saved, tangents[:differentiable])
+
+        @staticmethod
+        def backward(ctx: Any, dy: Maybe, *_: Maybe) -> Tensors:
+            values = saved_values(ctx)
+            n_inputs = len(values) - ctx.n_saved
+            if dy is None:
+                return (None,) * (1 + n_inputs)
+            needs = tuple(ctx.needs_input_grad[1 : 1 + differentiable])
+            dual = None
+            if backward_dual is not None and in_dual_pass():
+                parts = [tangent_of(x) for x in (dy, *values)]
+                if any(t is not None for t in parts):
+                    rest_t = parts[1:]
+                    dual = _Dual(tuple(rest_t[:differentiable]), tuple(rest_t[n_inputs:]), parts[0])
+            dx = Backward.apply(dy, dual, ctx.n_saved, needs, *values)
+            return (None, *dx, *(None,) * (n_inputs - differentiable))
+
+    def op(*inputs: Any) -> Tensor:
+        dual = None
+        if forward_dual is not None and in_dual_pass():
+            tangents = tuple(tangent_of(x) for x in inputs)
+            refuse_constants(tangents[differentiable:])
+            if any(t is not None for t in tangents):
+                dual = _Dual(tangents[:differentiable])
+        return Forward.apply(dual, *inputs)[0]
+
+    return op
+
+
+class _Dual:
+    """The tangents that a joint function reads, and the tangents it found, on their way to autograd's jvp."""
+
+    def __init__(self, tangents: Tensors, saved_t: Tensors = (), dy_t: Maybe = None):
+        self.tangents, self.saved_t, self.dy_t = tangents, saved_t, dy_t
+        self.result: Tensors | None = None
+
+    def take(self) -> Tensors:
+        """The result, once: nothing of the pass is kept alive by the graph."""
+        found, self.result = self.result, None
+        assert found is not None, "autograd asked for a tangent that was not computed, or twice"
+        self.tangents, self.saved_t, self.dy_t = (), (), None
+        return found
+
+
+class _Function(torch.autograd.Function):
+    """What the Functions here share: a batch of torch.func.vmap is gone through in a loop."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, Tensors]:
+        def item(value: Any, dim: Any, i: int) -> Any:
+            return value.select(dim, i) if isinstance(value, Tensor) and dim is not None else value
+
+        results = [cls.apply(*(item(a, d, i) for a, d in zip(args, in_dims))) for i in range(info.batch_size)]
+        stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
+def _once(what: str, compute: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """`compute` (trees of tensors -> tensors), whose results raise that `what` is not there when differentiated."""
+
+    class Once(_Function):
+        @staticmethod
+        def forward(spec: Any, *flat: Any) -> Tensors:
+            with plain(next(x for x in flat if isinstance(x, Tensor))):
+                return tuple(compute(*pytree.tree_unflatten(flat, spec)))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Maybe) -> Tensors:
+            raise RuntimeError(f"{what} is not there: it would be silently wrong")
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Maybe) -> Tensors:
+            raise RuntimeError(f"{what} is not there: it would be silently wrong")
+
+    def run(*args: Any) -> Tensors:
+        flat, spec = pytree.tree_flatten(args)
+        return Once.apply(spec, *flat)
+
+    return run
+
+
+def save(ctx: Any, values: Sequence[Any]) -> None:
+    """Keep values, tensors among them, for `saved_values`."""
+    ctx.set_materialize_grads(False)
+    ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in values]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def saved_values(ctx: Any) -> list[Any]:
+    queue = iter(ctx.saved_tensors)
+    return [next(queue) if constant is None else constant[0] for constant in ctx.constants]
+
+
+def tangent_of(x: Any) -> Maybe:
+    return forward_ad.unpack_dual(x).tangent if isinstance(x, Tensor) else None
+
+
+def plain(x: Tensor) -> AbstractContextManager:
+    """No autocast: an op's functions compute in the types they are given."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def autocast(*tensors: Maybe) -> Tensors:
+    """Under torch.autocast the tensors in its type, as for torch.nn.functional.linear; else as they are."""
+    kind = next(x.device.type for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if x is None else x.to(dtype) for x in tensors)
 
 
 class _Refuse(torch.autograd.Function):
@@ -69,125 +317,6 @@ def refuse(what: str, results: Tensors, inputs: Tensors) -> Tensors:
     if not sources:
         return results
     return tuple(None if x is None else _Refuse.apply(what, x, *sources) for x in results)
-
-
-def twice_differentiable(
-    forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
-    backward: Callable[..., Tensors],
-    jvp: Callable[..., tuple[Tensor | None, Tensors]],
-    backward_jvp: Callable[..., Tensors],
-    differentiable: int,
-) -> Callable[..., Tensor]:
-    """The op `inputs -> y`; see the module's docstring for the four functions."""
-
-    class Backward(torch.autograd.Function):
-        """(dy, n_stats, needs, *inputs, *stats) -> dx. Its tangent is backward_jvp; its reverse, that and jvp."""
-
-        @staticmethod
-        def forward(dy: Tensor, n_stats: int, needs: tuple[bool, ...], *rest: Any) -> Tensors:
-            inputs, stats = rest[: len(rest) - n_stats], rest[len(rest) - n_stats :]
-            return tuple(backward(inputs, stats, dy, needs))
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
-            dy, ctx.n_stats, ctx.needs, *rest = inputs
-            ctx.set_materialize_grads(False)
-            ctx.constants = [None if isinstance(value, Tensor) else value for value in rest]
-            ctx.is_tensor = [isinstance(value, Tensor) for value in rest]
-            tensors = [dy, *(value for value in rest if isinstance(value, Tensor))]
-            ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*tensors)
-
-        @staticmethod
-        def saved(ctx: Any) -> tuple[Tensor, tuple, tuple]:
-            dy, *tensors = ctx.saved_tensors
-            queue = iter(tensors)
-            rest = tuple(
-                next(queue) if is_tensor else value
-                for is_tensor, value in zip(ctx.is_tensor, ctx.constants, strict=True)
-            )
-            return dy, rest[: len(rest) - ctx.n_stats], rest[len(rest) - ctx.n_stats :]
-
-        @staticmethod
-        def jvp(ctx: Any, dy_t: Tensor | None, _n: None, _needs: None, *rest_t: Tensor | None) -> Tensors:
-            dy, inputs, stats = Backward.saved(ctx)
-            tangents, stats_t = rest_t[: len(rest_t) - ctx.n_stats], rest_t[len(rest_t) - ctx.n_stats :]
-            refuse_constants(tangents[differentiable:])
-            with torch.no_grad():
-                dx_t = backward_jvp(inputs, stats, tangents[:differentiable], stats_t, dy, dy_t, ctx.needs)
-                triples = zip(inputs, dx_t, ctx.needs, strict=False)
-                dx_t = tuple(torch.zeros_like(x) if t is None and need else t for x, t, need in triples)
-            return (
-                dx_t
-                if _bare_tangents.get()
-                else refuse("the reverse-over-forward derivative of an op", dx_t, (dy, *inputs))
-            )
-
-        @staticmethod
-        def backward(ctx: Any, *u: Tensor | None) -> Tensors:
-            dy, inputs, stats = Backward.saved(ctx)
-            needs = tuple(ctx.needs_input_grad[3 : 3 + differentiable])
-            with torch.no_grad():
-                y_t, stats_t = jvp(inputs, stats, u)
-                dx = backward_jvp(inputs, stats, u, stats_t, dy, None, needs)
-            results = refuse("the third derivative of an op", (y_t, *dx), (dy, *inputs, *u))
-            return (results[0], None, None, *results[1:], *(None for _ in range(len(ctx.is_tensor) - differentiable)))
-
-    class Forward(torch.autograd.Function):
-        """inputs -> (y, *stats).
-
-        The stats are outputs so that their tangents travel with them; they get no gradient.
-        """
-
-        @staticmethod
-        def forward(*inputs: Any) -> Tensors:
-            y, stats = forward(*inputs)
-            return (y, *stats)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
-            ctx.set_materialize_grads(False)
-            ctx.n_stats = len(output) - 1
-            ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
-            ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-            tensors = [*(value for value in inputs if isinstance(value, Tensor)), *output[1:]]
-            ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*tensors)
-
-        @staticmethod
-        def saved(ctx: Any) -> tuple[tuple, tuple]:
-            tensors = ctx.saved_tensors
-            queue = iter(tensors)
-            inputs = tuple(
-                next(queue) if is_tensor else value
-                for is_tensor, value in zip(ctx.is_tensor, ctx.constants, strict=True)
-            )
-            return inputs, tuple(tensors[len(tensors) - ctx.n_stats :])
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Tensors:
-            inputs, stats = Forward.saved(ctx)
-            refuse_constants(tangents[differentiable:])
-            with torch.no_grad():
-                y_t, stats_t = jvp(inputs, stats, tangents[:differentiable])
-                results = (y_t, *(torch.zeros_like(x) if t is None else t for x, t in zip(stats, stats_t, strict=True)))
-            return (
-                results
-                if _bare_tangents.get()
-                else refuse("the reverse-over-forward derivative of an op", results, inputs)
-            )
-
-        @staticmethod
-        def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> Tensors:
-            inputs, stats = Forward.saved(ctx)
-            n_constants = len(inputs) - differentiable
-            if dy is None:
-                return (None,) * len(inputs)
-            needs = tuple(ctx.needs_input_grad[:differentiable])
-            dx = Backward.apply(dy, ctx.n_stats, needs, *inputs, *stats)
-            return (*dx, *(None,) * n_constants)
-
-    return lambda *inputs: Forward.apply(*inputs)[0]
 
 
 def add(*terms: Maybe) -> Maybe:
