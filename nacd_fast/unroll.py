@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree  # underscored, but what torch.func and its users flatten trees with
 
-from nacd_kernels.twice import bare_tangents, refuse
+from nacd_kernels import bare_tangents
+from nacd_kernels.twice import refuse
 
 from .errors import NonFiniteError
 

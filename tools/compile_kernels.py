@@ -1,8 +1,8 @@
 """Compile every Triton kernel and tuning configuration for sm_80 and sm_90, on a machine without a GPU.
 
-    python tools/compile_kernels.py                  # all; writes kernels/RESOURCES.md
-    python tools/compile_kernels.py --check          # all; exits 1 where the committed table differs, or a limit is broken
-    python tools/compile_kernels.py --only norms     # one file of tools/kernel_cases/; prints, writes nothing
+    python tools/compile_kernels.py                # all; writes kernels/RESOURCES.md
+    python tools/compile_kernels.py --check        # all; exits 1 where the committed table differs or a limit is broken
+    python tools/compile_kernels.py --only norms   # one file of tools/kernel_cases/; prints, writes nothing
 
 `tools/kernel_cases/<name>.py` names calls; what they launch (nacd_kernels/launch.py) is recorded, not run, and compiled
 with the very arguments, constants and specialisation of the launch. Limits: no spills (nothing in local memory), and
@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 os.environ.pop("TRITON_INTERPRET", None)  # it is read when a kernel is defined
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import triton  # noqa: E402  (after the variable that it reads)
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
-from nacd_kernels.launch import Launch, recording
+from nacd_kernels.launch import Launch, recording  # noqa: E402
 
 TABLE = ROOT / "kernels" / "RESOURCES.md"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -51,9 +51,10 @@ TYPES = {
 }
 HEAD = f"""# Resources of every kernel
 
-Made by `python tools/compile_kernels.py` with Triton {triton.__version__}; `make test` makes it again and compares. Nothing
-spills, and shared memory is within a block's limit: {SHARED_LIMIT[8, 0]:,} bytes on sm_80, {SHARED_LIMIT[9, 0]:,} on sm_90.
-Registers are a thread's, shared memory a block's in bytes. A kernel's pointers are written by their element types.
+Made by `python tools/compile_kernels.py` with Triton {triton.__version__}; `make test` makes it again and compares.
+Nothing spills, and shared memory is within a block's limit: {SHARED_LIMIT[8, 0]:,} bytes on sm_80,
+{SHARED_LIMIT[9, 0]:,} on sm_90. Registers are a thread's, shared memory a block's in bytes. A kernel's pointers are
+written by their element types.
 
 """
 
@@ -160,7 +161,9 @@ def broken_limits(v: Variant, found: Resources) -> list[str]:
     chip = f"{v.kernel} {v.row_key()[1]} on sm_{v.target[0]}{v.target[1]}"
     out = [f"{chip} spills: {found.local} bytes of local memory"] if found.local else []
     limit = SHARED_LIMIT[v.target]
-    return out + ([f"{chip} takes {found.shared} bytes of shared memory, limit {limit}"] if found.shared > limit else [])
+    if found.shared > limit:
+        out.append(f"{chip} takes {found.shared} bytes of shared memory, limit {limit}")
+    return out
 
 
 def table(rows: list[tuple[str, Variant, Resources]]) -> str:
@@ -172,8 +175,8 @@ def table(rows: list[tuple[str, Variant, Resources]]) -> str:
         row[v.target] = worst
     text = HEAD
     for name, lines in sections.items():
-        text += f"## {name}\n\n| kernel | types, constants, warps, stages | sm_80 registers | shared | sm_90 registers | shared |\n"
-        text += "|---|---|--:|--:|--:|--:|\n"
+        text += f"## {name}\n\n| kernel | types, constants, warps, stages | sm_80 registers | shared |"
+        text += " sm_90 registers | shared |\n|---|---|--:|--:|--:|--:|\n"
         for (kernel, key), chips in sorted(lines.items()):
             cells = [f"{c.registers} | {c.shared}" if (c := chips.get(t)) else "- | -" for t in TARGETS]
             text += f"| {kernel} | {key} | {' | '.join(cells)} |\n"

@@ -10,9 +10,10 @@ from .linear_cross_entropy import linear_cross_entropy
 from .lora_linear import lora_linear
 from .nearest_embedding import nearest_embedding
 from .norms import layer_norm, rms_norm
-from .twice import twice_differentiable
+from .twice import bare_tangents, twice_differentiable
 
 __all__ = [
+    "bare_tangents",
     "flash_attention",
     "frozen_linear",
     "layer_norm",

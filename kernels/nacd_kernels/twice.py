@@ -13,16 +13,16 @@ and, where primal and tangent share work, the two pairs that a dual pass then ca
     backward_dual(inputs, stats, tangents, stats', dy, dy', needs) -> dx, dx'
 
 `needs` says which of the inputs want a gradient. Trailing inputs may be constants (labels, a frozen weight, a scale):
-`differentiable` is the number of leading inputs that are not. Statistics are tensors that the later functions reuse; with
-`saves_output` they are handed on as (y, *stats), so that no op keeps a copy of its result.
+`differentiable` is the number of leading inputs that are not. Statistics are tensors that the later functions reuse;
+with `saves_output` they are handed on as (y, *stats), so that no op keeps a copy of its result.
 
-Forward-over-reverse is `jvp` then `backward_jvp`. Reverse-over-reverse needs no more: for a cotangent u on dx, the double
-backward is jvp(u) with respect to dy and backward_jvp(x' = u, dy' = 0) with respect to x, because the Hessian of
+Forward-over-reverse is `jvp` then `backward_jvp`. Reverse-over-reverse needs no more: for a cotangent u on dx, the
+double backward is jvp(u) with respect to dy and backward_jvp(x' = u, dy' = 0) with respect to x, because the Hessian of
 <dy, f(x)> is symmetric.
 
-An op built on a raw kernel without this gives *silently wrong* second derivatives. What is not there (third derivatives,
-reverse-over-forward) raises; nothing is dropped in silence. The functions see plain tensors and never autocast, whatever
-transform, checkpoint or mode the op is called under: `torch.func.vmap` goes through its batch in a loop.
+An op built on a raw kernel without this gives *silently wrong* second derivatives. What is not there (third
+derivatives, reverse-over-forward) raises; nothing is dropped in silence. The functions see plain tensors and never
+autocast, whatever transform, checkpoint or mode the op is called under: `torch.func.vmap` loops over its batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -27,9 +27,7 @@ def four(fn: Op, inputs: Sequence[Tensor], seed: int = 99) -> dict[str, list[Ten
     """y, y', dx and dx' of fn at the inputs, along a fixed direction of the inputs and of the cotangent."""
     directions = [draw(*x.shape, seed=seed + i).to(x.dtype) for i, x in enumerate(inputs)]
     with forward_ad.dual_level():
-        duals = [
-            forward_ad.make_dual(x.detach().requires_grad_(), t) for x, t in zip(inputs, directions, strict=True)
-        ]
+        duals = [forward_ad.make_dual(x.detach().requires_grad_(), t) for x, t in zip(inputs, directions, strict=True)]
         y = fn(*duals)
         dy, dy_t = (draw(*y.shape, seed=seed + 50 + i).to(y.dtype) for i in (0, 1))
         grads = torch.autograd.grad(y, duals, forward_ad.make_dual(dy, dy_t))
@@ -52,7 +50,7 @@ def four_by_reverse(fn: Op, inputs: Sequence[Tensor], seed: int = 99) -> dict[st
     dy.requires_grad_()
     grads = torch.autograd.grad(y, leaves, dy, create_graph=True)
     # y' = d<dx, v>/d dy, and dx' = d(<dx, v>)/dx + J(x)^T dy'
-    inner = sum((g * v).sum() for g, v in zip(grads, directions, strict=True))
+    inner = torch.stack([(g * v).sum() for g, v in zip(grads, directions, strict=True)]).sum()
     y_t, *mixed = torch.autograd.grad(inner, [dy, *leaves], retain_graph=True, allow_unused=True)
     along = torch.autograd.grad(y, leaves, dy_t)
     total = [a if m is None else a + m for a, m in zip(along, mixed, strict=True)]
