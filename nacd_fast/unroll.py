@@ -8,9 +8,10 @@ optimiser state s. A graph of all N steps costs N times one step's activations. 
   the cotangents of theta_n, s_n, lr_n, and w of g_n. One *dual pass* (the gradient of l at theta_n + e w,
   differentiated at e = 0 by forward-mode AD) adds  d<g_n, w>/dtheta_n  to the first and gives  d<g_n, w>/dinputs_n.
 
-Nothing is dropped and the activations are those of one step, whatever N is. Cost: 3 gradients a step. Source:
-Pearlmutter (1994) for the dual pass; MixFlow-MG (arXiv 2505.00793) for the mixed mode; DESIGN, section 2, of this
-project.
+Nothing is dropped and the activations are those of one step, whatever N is. Cost: 3 gradients a step. A retained step
+keeps the graph of g_n instead and is differentiated through it by a second reverse pass: 2 gradients a step, for one
+step's activations each. Source: Pearlmutter (1994) for the dual pass; MixFlow-MG (arXiv 2505.00793) for the mixed mode;
+DESIGN, section 2, of this project.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,6 +100,7 @@ def unrolled_sgd(
     inputs: Sequence[Tree],
     *,
     update: Update | None = None,
+    retain: int = 0,
 ) -> Tree:
     """theta_N after N = len(inputs) steps of `update` (plain SGD by default) on inner_loss(theta, inputs[n]).
 
@@ -107,8 +109,10 @@ def unrolled_sgd(
     any loss on it can be differentiated with respect to theta0, lr and every float tensor in `inputs` that requires a
     gradient (not with respect to anything else that inner_loss uses, and not twice).
 
-    inner_loss must be deterministic and differentiable twice in forward-over-reverse mode; nacd_kernels has such ops.
-    Raises NonFiniteError naming the step if a loss is not finite; RuntimeError if a replayed step gives another loss.
+    inner_loss must be deterministic and differentiable twice, in forward-over-reverse mode and, for the last `retain`
+    steps, whose graphs are retained, in reverse-over-reverse mode; nacd_kernels has such ops. Retaining trades memory
+    for time: a step costs a third less, and keeps its activations; retain >= N keeps all. Raises NonFiniteError naming
+    the step if a loss is not finite; RuntimeError if a replayed step gives another loss.
     """
     leaves, tree = pytree.tree_flatten(theta0)
     per_step, structures = zip(*(pytree.tree_flatten(step) for step in inputs), strict=True) if inputs else ((), ())
@@ -127,7 +131,9 @@ def unrolled_sgd(
     def loss_of(parameters: Sequence[Tensor], step: int, values: Sequence[Any]) -> Tensor:
         return inner_loss(pytree.tree_unflatten(parameters, tree), pytree.tree_unflatten(values, structures[step]))
 
-    sweep = _Sweep(loss_of, update or SGD(), sizes, shapes, [len(values) for values in per_step])
+    if retain < 0:
+        raise ValueError(f"retain={retain}: must be the number of steps whose graphs are kept, 0 or more")
+    sweep = _Sweep(loss_of, update or SGD(), sizes, shapes, [len(values) for values in per_step], retain)
     theta = torch.cat([t.reshape(-1) for t in leaves])
     theta_n = _Unroll.apply(
         sweep, theta, rates.expand(len(inputs)), *(value for values in per_step for value in values)
@@ -140,9 +146,16 @@ class _Sweep:
     """One unroll's constants, and the two sweeps over flat vectors theta [P]."""
 
     def __init__(
-        self, loss_of: Callable, update: Update, sizes: list[int], shapes: list[torch.Size], counts: list[int]
+        self,
+        loss_of: Callable,
+        update: Update,
+        sizes: list[int],
+        shapes: list[torch.Size],
+        counts: list[int],
+        retain: int,
     ):
         self.loss_of, self.update, self.sizes, self.shapes, self.counts = loss_of, update, sizes, shapes, counts
+        self.first_retained = len(counts) - retain
 
     def parameters(self, theta: Tensor) -> list[Tensor]:
         """Views of the flat vector in theta0's shapes."""
@@ -153,8 +166,34 @@ class _Sweep:
         with torch.enable_grad():
             parameters = [p.detach().requires_grad_() for p in self.parameters(theta)]
             loss = self.loss_of(parameters, n, [detached(value) for value in values])
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
         return loss.detach(), torch.cat([g.reshape(-1) for g in grads])
+
+    def retained_gradient(
+        self, theta: Tensor, n: int, values: Sequence[Any], wanted: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, "Retained"]:
+        """l and its gradient [P] at step n, and the graph of that gradient."""
+        with torch.enable_grad():
+            parameters = [p.detach().requires_grad_() for p in self.parameters(theta)]
+            live = live_values(values, wanted)
+            loss = self.loss_of(parameters, n, live)
+            grads = torch.autograd.grad(loss, parameters, materialize_grads=True, create_graph=True)
+        leaves = [value for value, want in zip(live, wanted, strict=True) if want]
+        flat = torch.cat([g.detach().reshape(-1) for g in grads])
+        return loss.detach(), flat, Retained(parameters, leaves, grads)
+
+    def second_pass(self, graph: "Retained", w: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        """d<g, w>/dtheta [P] and d<g, w>/dvalue for each wanted value, through the retained graph of g."""
+        linked = [(g, v) for g, v in zip(graph.grads, self.parameters(w), strict=True) if g.requires_grad]
+        sources = [*graph.parameters, *graph.leaves]
+        if not linked:
+            found = tuple(torch.zeros_like(x) for x in sources)
+        else:
+            grads, cotangents = zip(*linked, strict=True)
+            found = torch.autograd.grad(grads, sources, cotangents, retain_graph=True, materialize_grads=True)
+        mixed = iter(found[len(graph.parameters) :])
+        flat = torch.cat([t.reshape(-1) for t in found[: len(graph.parameters)]])
+        return flat, [next(mixed) if want else None for want in wanted]
 
     def dual_pass(
         self, theta: Tensor, w: Tensor, n: int, values: Sequence[Any], wanted: Sequence[bool]
@@ -171,16 +210,10 @@ class _Sweep:
                 forward_ad.make_dual(p.detach().requires_grad_(), t)
                 for p, t in zip(self.parameters(theta), self.parameters(unit), strict=True)
             ]
-            live = [
-                detached(value).requires_grad_() if want else detached(value)
-                for value, want in zip(values, wanted, strict=True)
-            ]
+            live = live_values(values, wanted)
             loss = self.loss_of(duals, n, live)
             targets = [*duals, *(value for value, want in zip(live, wanted, strict=True) if want)]
-            grads = [
-                forward_ad.unpack_dual(g)
-                for g in torch.autograd.grad(loss, targets, allow_unused=True, materialize_grads=True)
-            ]
+            grads = [forward_ad.unpack_dual(g) for g in torch.autograd.grad(loss, targets, materialize_grads=True)]
             value_of_loss = forward_ad.unpack_dual(loss).primal.detach()
         primals = [g.primal for g in grads[: len(duals)]]
         tangents = [torch.zeros_like(g.primal) if g.tangent is None else g.tangent for g in grads]
@@ -189,8 +222,22 @@ class _Sweep:
         return value_of_loss, flat[0], flat[1].mul_(size), [next(mixed).mul(size) if want else None for want in wanted]
 
 
+class Retained(NamedTuple):
+    """A step's gradients with their graph, and what they are differentiated with respect to."""
+
+    parameters: list[Tensor]
+    leaves: list[Tensor]
+    grads: tuple[Tensor, ...]
+
+
 def detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def live_values(values: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """A step's input leaves, cut off from the outside; those that are wanted take a gradient."""
+    cut = [detached(value) for value in values]
+    return [value.requires_grad_() if want else value for value, want in zip(cut, wanted, strict=True)]
 
 
 class _Unroll(torch.autograd.Function):
@@ -202,12 +249,17 @@ class _Unroll(torch.autograd.Function):
         ctx.others = [None if isinstance(value, Tensor) else (value,) for value in values]
         theta, state = theta.detach(), sweep.update.init(theta.detach())
         ctx.sweep, ctx.kept, losses = sweep, [], []
-        keep = any(ctx.needs_input_grad)
+        keep, wanted = any(ctx.needs_input_grad), wanted_of(ctx, values)
         for n, start, stop in bounds(sweep.counts):
-            loss, grad = sweep.gradient(theta, n, values[start:stop])
+            graph = None
+            if keep and n >= sweep.first_retained:
+                loss, grad, graph = sweep.retained_gradient(theta, n, values[start:stop], wanted[start:stop])
+            else:
+                loss, grad = sweep.gradient(theta, n, values[start:stop])
             losses.append(loss)
             if keep:
-                ctx.kept.append((theta, state, None if sweep.update.affine_in_grad else grad))
+                known = graph is not None or not sweep.update.affine_in_grad
+                ctx.kept.append(Kept(theta, state, grad if known else None, graph))
             theta, state = sweep.update.step(theta, state, grad, lr[n], n)
         ctx.losses = torch.stack(losses).float()
         if not bool(ctx.losses.isfinite().all()):  # the sweep's only wait for the device
@@ -228,24 +280,39 @@ class _Unroll(torch.autograd.Function):
     def reverse(ctx: Any, v: Tensor, lr: Tensor, values: Sequence[Any]) -> tuple[Tensor | None, ...]:
         """The reverse sweep: cotangents of theta_0, lr and every input leaf."""
         sweep, update = ctx.sweep, ctx.sweep.update
-        wanted = [
-            isinstance(value, Tensor) and need for value, need in zip(values, ctx.needs_input_grad[3:], strict=True)
-        ]
+        wanted = wanted_of(ctx, values)
         d_lr, d_values = torch.zeros_like(lr), [None] * len(values)
-        replayed: list[Any] = [None] * len(sweep.counts)
+        replayed = list(ctx.losses)
         d_state = tuple(torch.zeros_like(s) for s in update.init(v))
         for n, start, stop in reversed(bounds(sweep.counts)):
-            theta, state, grad = ctx.kept[n]
+            theta, state, grad, graph = ctx.kept[n]
             guess = torch.zeros_like(theta) if grad is None else grad
             back = pull_back(update, n, theta, state, guess, lr[n], v, d_state)
-            replayed[n], g, curvature, d_values[start:stop] = sweep.dual_pass(
-                theta, back.grad, n, values[start:stop], wanted[start:stop]
-            )
+            if graph is not None:
+                curvature, d_values[start:stop] = sweep.second_pass(graph, back.grad, wanted[start:stop])
+            else:
+                replayed[n], g, curvature, d_values[start:stop] = sweep.dual_pass(
+                    theta, back.grad, n, values[start:stop], wanted[start:stop]
+                )
             if grad is None:  # affine in the gradient: its own cotangent was right, that of lr needs the gradient
                 back = pull_back(update, n, theta, state, g, lr[n], v, d_state)
             v, d_state, d_lr[n] = back.theta + curvature, back.state, back.lr
         check_replay(ctx.losses, torch.stack(replayed).float())
         return (v, d_lr, *d_values)
+
+
+def wanted_of(ctx: Any, values: Sequence[Any]) -> list[bool]:
+    """Which of the input leaves take a gradient."""
+    return [isinstance(value, Tensor) and need for value, need in zip(values, ctx.needs_input_grad[3:], strict=True)]
+
+
+class Kept(NamedTuple):
+    """What the forward sweep keeps of a step; the gradient where the reverse sweep needs it before its own pass."""
+
+    theta: Tensor
+    state: tuple[Tensor, ...]
+    grad: Tensor | None
+    graph: Retained | None
 
 
 class Pulled(NamedTuple):
@@ -272,7 +339,7 @@ def pull_back(
         read = [t.detach().requires_grad_() for t in (theta, grad, lr, *state)]
         new_theta, new_state = update.step(read[0], tuple(read[3:]), read[1], read[2], n)
         theta_c, grad_c, lr_c, *state_c = torch.autograd.grad(
-            (new_theta, *new_state), read, (v, *d_state), allow_unused=True, materialize_grads=True
+            (new_theta, *new_state), read, (v, *d_state), materialize_grads=True
         )
     return Pulled(theta_c, grad_c, lr_c, tuple(state_c))
 
