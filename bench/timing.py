@@ -11,13 +11,18 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "safetensors", "zipnn", "pcodec", "zstandard")
+PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "bitsandbytes", "numpy", "safetensors"),
+    *("zipnn", "pcodec", "zstandard", "torchopt", "higher", "liger-kernel", "unsloth", "jvp-flash-attention"),
+)
+FLUSH_BYTES = 2**28  # written between two timings on a GPU, so that none finds its inputs in the L2 cache
 FIELDS = ("bench", "case", "metric", "value", "unit", "peer", "threads", "device", "versions", "commit")
 
 
@@ -90,25 +95,53 @@ class Rows:
         path.write_text(json.dumps(self.rows, indent=1) + "\n")
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def interleaved(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, after `warmup` rounds that are not counted."""
+    """Seconds of every contestant in every round, after `warmup` rounds that are not counted.
+
+    On a GPU they are the device's own, between two events, with the L2 cache overwritten before.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    time_one = cuda_seconds if device.type == "cuda" else cpu_seconds
     for round_ in range(warmup + rounds):
         for name, work in contestants.items():
-            wait(device)
-            start = time.perf_counter()
-            work()
-            wait(device)
+            taken = time_one(work)
             if round_ >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def cuda_seconds(work: Callable[[], object]) -> float:
+    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+@cache
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """What the device reaches: bytes/s (read plus written) of a large copy, flop/s of a large product.
+
+    The product is bfloat16 on a GPU, float32 on a CPU (where both are of one core, if torch has one thread).
+    """
+    gpu = device.type == "cuda"
+    source = torch.randn(2**28 if gpu else 2**24, device=device)
+    target = torch.empty_like(source)
+    n = 8192 if gpu else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32) for _ in range(2))
+    work = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    seconds = {name: statistics.median(times) for name, times in interleaved(work, 9, device, warmup=2).items()}
+    return 2 * source.numel() * source.element_size() / seconds["copy"], 2 * n**3 / seconds["product"]
 
 
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
