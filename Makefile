@@ -14,7 +14,7 @@ NATIVE := build/.native-stamp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env build demo test lint sanitize fuzz bench gpu-check clean
+.PHONY: help env build demo test lint sanitize kernels resources fuzz bench gpu-check gpu-sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -52,6 +52,13 @@ sanitize: $(ENV)  ## replay the fuzz corpus on the native core with AddressSanit
 	@echo "== sanitize: csrc/fuzz/corpus"
 	@PYTHON=$(PY) sh csrc/fuzz/replay.sh
 
+kernels: $(ENV)  ## compile every Triton kernel for sm_80 and sm_90: no spills, resources as in kernels/RESOURCES.md
+	@echo "== kernels: sm_80, sm_90"
+	$(PY) tools/compile_kernels.py --check --jobs $(JOBS)
+
+resources: $(ENV)  ## make kernels/RESOURCES.md anew
+	$(PY) tools/compile_kernels.py --jobs $(JOBS)
+
 # Needs clang with libFuzzer, as CXX: make fuzz TARGET=scan SECONDS=60 CXX=clang++-14
 TARGET ?= decode
 SECONDS ?= 600
@@ -60,7 +67,7 @@ fuzz: $(ENV)  ## fuzz one TARGET (decode, encode, scan) for SECONDS; what it fin
 	@PYTHON=$(PY) CXX=$(if $(filter default,$(origin CXX)),clang++,$(CXX)) sh csrc/fuzz/fuzz.sh $(TARGET) $(SECONDS)
 
 test: export OMP_NUM_THREADS ?= 1
-test: lint sanitize  ## lint, sanitize, then the tests with coverage, on JOBS=2 processes
+test: lint sanitize kernels  ## lint, sanitize, kernels, then the tests with coverage, on JOBS=2 processes
 	@echo "== tests"
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(JOBS) --benchmark-disable --durations=10 --cov --cov-report=term-missing:skip-covered
 
@@ -79,13 +86,20 @@ bench: build $(BENCH)  ## every bench/bench_*.py: JSON rows in runs/bench/
 
 # For a machine that has torch, a GPU and no package registry: the system's python3, no installs.
 gpu-check: export PYTHONPATH := .:kernels
-gpu-check:  ## on a GPU machine as it is: native build, tests marked gpu, quick benches; rows in runs/gpu/
+gpu-check:  ## on a GPU machine as it is: native build, GPU tests, kernels against float64, quick benches; rows in runs/gpu/
 	@mkdir -p runs/gpu
 	NACD_NATIVE=1 $(PYTHON) setup.py -q build_ext --inplace
-	@files=$$(grep -rl --include='test_*.py' 'mark\.gpu' tests); [ -n "$$files" ] || { echo "no test is marked gpu"; exit 0; }; \
-	    set -x; $(PYTHON) -m pytest -q -m gpu $$files
+	@set -x; $(PYTHON) -m pytest -q -m gpu $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+	$(PYTHON) -m pytest -q -n 8 tests/kernels/test_*_triton.py
 	@set -e; for file in bench/bench_*.py; do name=$$(basename $$file .py); echo "== $$name"; \
 	    $(PYTHON) $$file --quick --device cuda --json runs/gpu/$$name.json; done
+
+# Every allocation by itself, so that a read past its end is seen.
+gpu-sanitize: export PYTHONPATH := .:kernels
+gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+gpu-sanitize:  ## the kernels' tests under compute-sanitizer's memcheck and racecheck
+	@set -ex; for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    --target-processes all $(PYTHON) -m pytest -q tests/kernels/test_*_triton.py; done
 
 clean:  ## remove the environment and everything built; runs/ stays
 	rm -rf .venv build dist *.egg-info nacd_fast/_codec*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage*
