@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -330,6 +331,44 @@ def cut(name: str, ids: list[int], mask: list[bool], bos: int | None, limit: int
 
 
 # Tokens -> batches
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Samples laid end to end in one row, with room for k prompt tokens in front of each: no padding.
+
+    The last token of a sample is no input, as nothing is predicted from it: P = sum of k + T - 1 over the samples.
+    """
+
+    input_ids: Tensor  # [P] int64; 0 where a prompt goes
+    targets: Tensor  # [P] int64, the token that follows each place where it is supervised, else IGNORE
+    position_ids: Tensor  # [P] int64, from 0 in every sample
+    prompt_places: Tensor  # [B k] int64, sample after sample
+    cu_seqlens: list[int]  # [B + 1] borders of the samples, from 0 to P
+
+    def to(self, device: torch.device) -> "Packed":
+        ids, targets, positions, places = (
+            t.to(device) for t in (self.input_ids, self.targets, self.position_ids, self.prompt_places)
+        )
+        return Packed(ids, targets, positions, places, self.cu_seqlens)
+
+
+def pack(rows: Sequence[Encoded], prompt_tokens: int) -> Packed:
+    """Each sample ends, as `cut` left it, with a supervised token; a prompt's last place predicts its first token."""
+    assert all(row.labels[-1] != IGNORE for row in rows)
+    ahead = [IGNORE] * prompt_tokens
+    ids, labels = (
+        torch.cat([torch.tensor(values) for values in column])
+        for column in (
+            [[0] * prompt_tokens + row.input_ids[:-1] for row in rows],
+            [(ahead + row.labels)[1:] for row in rows],
+        )
+    )
+    lengths = torch.tensor([prompt_tokens + len(row.input_ids) - 1 for row in rows])
+    borders = pad(lengths.cumsum(0), (1, 0))
+    position_ids = torch.arange(len(ids)) - borders[:-1].repeat_interleave(lengths)
+    places = (borders[:-1, None] + torch.arange(prompt_tokens)).flatten()
+    return Packed(ids, labels, position_ids, places, borders.tolist())
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:

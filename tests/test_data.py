@@ -28,6 +28,7 @@ from nacd_fast.data import (
     digest,
     encode,
     encode_set,
+    pack,
     read_set,
 )
 from nacd_fast.errors import InputError
@@ -670,6 +671,35 @@ def test_collate_pads_on_the_right(samples: list[list[int]], pad: int) -> None:
     for ids, tokens, labels in zip(samples, batch["input_ids"].tolist(), batch["labels"].tolist()):
         assert tokens == ids + [pad] * (width - len(ids))
         assert labels == [IGNORE, *ids[1:]] + [IGNORE] * (width - len(ids))
+
+
+@quick
+@given(st.lists(st.lists(st.integers(5, 99), min_size=2, max_size=12), min_size=1, max_size=5), st.integers(0, 3))
+def test_pack_lays_samples_end_to_end(samples: list[list[int]], k: int) -> None:
+    """Read off place by place: what stands there, where it is in its sample, and what it predicts."""
+    rows = [Encoded(ids, [IGNORE, *ids[1:]]) for ids in samples]
+    packed = pack(rows, k)
+    places = []
+    for ids in samples:
+        whole = [None] * k + ids
+        for i, token in enumerate(whole[:-1]):
+            follows = whole[i + 1]
+            places.append((token or 0, IGNORE if follows is None or i + 1 == k else follows, i, token is None))
+    got = zip(packed.input_ids.tolist(), packed.targets.tolist(), packed.position_ids.tolist(), strict=True)
+    assert list(got) == [place[:3] for place in places]
+    assert packed.prompt_places.tolist() == [i for i, place in enumerate(places) if place[3]]
+    lengths = [k + len(ids) - 1 for ids in samples]
+    assert packed.cu_seqlens == [sum(lengths[:i]) for i in range(len(samples) + 1)]
+    assert {t.dtype for t in (packed.input_ids, packed.targets, packed.position_ids)} == {torch.int64}
+
+
+def test_the_last_prompt_token_predicts_a_supervised_first_one() -> None:
+    assert pack([Encoded([7], [7]), Encoded([8, 9], [8, 9])], 2).targets.tolist() == [IGNORE, 7, IGNORE, 8, 9]
+
+
+def test_pack_takes_samples_that_are_cut() -> None:
+    with pytest.raises(AssertionError):
+        pack([Encoded([7, 8, 9], [IGNORE, 8, IGNORE])], 1)
 
 
 # Real sets
