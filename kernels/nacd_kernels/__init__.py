@@ -6,19 +6,23 @@ Needs torch only. `kernels/README.md` says what each op computes and how to copy
 from .activations import relu, silu_mul
 from .flash_attention import flash_attention
 from .frozen_linear import frozen_linear
+from .frozen_weight import Int8Weight
 from .linear_cross_entropy import linear_cross_entropy
-from .lora_linear import lora_linear
+from .lora_linear import LoraLayer, lora_linear, lora_linears
 from .nearest_embedding import nearest_embedding
 from .norms import layer_norm, rms_norm
 from .twice import bare_tangents, twice_differentiable
 
 __all__ = [
+    "Int8Weight",
+    "LoraLayer",
     "bare_tangents",
     "flash_attention",
     "frozen_linear",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_linears",
     "nearest_embedding",
     "relu",
     "rms_norm",
