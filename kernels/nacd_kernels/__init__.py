@@ -3,7 +3,7 @@
 Needs torch only. `kernels/README.md` says what each op computes and how to copy this folder into another project.
 """
 
-from .activations import relu, silu_mul
+from .activations import gelu, gelu_mul, relu, silu_mul
 from .flash_attention import flash_attention
 from .frozen_linear import frozen_linear
 from .frozen_weight import Int8Weight
@@ -11,6 +11,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .lora_linear import LoraLayer, lora_linear, lora_linears
 from .nearest_embedding import nearest_embedding
 from .norms import layer_norm, rms_norm
+from .rotary import rotary_embedding
 from .twice import bare_tangents, twice_differentiable
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "bare_tangents",
     "flash_attention",
     "frozen_linear",
+    "gelu",
+    "gelu_mul",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
@@ -26,6 +29,7 @@ __all__ = [
     "nearest_embedding",
     "relu",
     "rms_norm",
+    "rotary_embedding",
     "silu_mul",
     "twice_differentiable",
 ]
