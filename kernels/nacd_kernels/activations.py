@@ -16,9 +16,9 @@ and the exact gelu, with Phi the normal distribution and p its density, has
 
     f = g Phi    f1 = Phi + g p          f2 = p (2 - g^2)
 
-relu's second derivative is 0, and so is its first at 0, as in PyTorch. Sources: Hendrycks and Gimpel (arXiv 1606.08415);
-Shazeer (arXiv 2002.05202), the gated variants without their projections. PyTorch's own silu has no forward-mode formula
-for its backward, so a Llama fails there. 16-bit inputs are computed in float32 and rounded once.
+relu's second derivative is 0, and so is its first at 0, as in PyTorch. Sources: Hendrycks and Gimpel (arXiv
+1606.08415); Shazeer (arXiv 2002.05202), the gated variants without their projections. PyTorch's own silu has no
+forward-mode formula for its backward, so a Llama fails there. 16-bit inputs are computed in float32 and rounded once.
 """
 
 import math

@@ -6,11 +6,11 @@ and GLM's order), 2 i and 2 i + 1. With rotate(a, b) = (-b, a) on each pair:
 
     y = x cos + rotate(x) sin        dx = dy cos - rotate(dy sin)
 
-dx is the transpose of y's map, whether or not the two features of a pair have the same angle; where they have, it is the
-rotation back. The map is linear: y' is the map of x', dx' that of dy', and x itself is not needed.
+dx is the transpose of y's map, whether or not the two features of a pair have the same angle; where they have, it is
+the rotation back. The map is linear: y' is the map of x', dx' that of dy', and x itself is not needed.
 
-B batch, H heads, T tokens, d head width. 16-bit inputs are computed in float32 and rounded once (transformers rounds each
-product).
+B batch, H heads, T tokens, d head width. 16-bit inputs are computed in float32 and rounded once (transformers rounds
+each product).
 """
 
 import torch
@@ -24,10 +24,11 @@ from .twice import Maybe, Tensors, twice_differentiable
 
 def halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """First and second features of the pairs: views [..., R/2]."""
-    return (x[..., ::2], x[..., 1::2]) if interleaved else x.tensor_split(2, -1)  # type: ignore[return-value]
+    half = x.shape[-1] // 2
+    return (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
 
 
-def turn(x: Maybe, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Maybe:
+def turn(x: Maybe, cos: Tensor, sin: Tensor, interleaved: bool, *, back: bool) -> Maybe:
     """The map, or (back) its transpose, of x [B, H, T, d]; cos, sin [1 or B, 1, T, R]."""
     if x is None:
         return None
@@ -47,15 +48,15 @@ def turn(x: Maybe, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> M
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensors]:
-    return turn(x, cos, sin, interleaved, False), ()
+    return turn(x, cos, sin, interleaved, back=False), ()
 
 
 def backward(inputs: tuple, stats: Tensors, dy: Tensor, needs: tuple[bool, ...]) -> Tensors:
-    return (turn(dy, *inputs[1:], True),)
+    return (turn(dy, *inputs[1:], back=True),)
 
 
 def jvp(inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Maybe, Tensors]:
-    return turn(tangents[0], *inputs[1:], False), ()
+    return turn(tangents[0], *inputs[1:], back=False), ()
 
 
 def backward_jvp(
@@ -67,7 +68,7 @@ def backward_jvp(
     dy_t: Maybe,
     needs: tuple[bool, ...],
 ) -> Tensors:
-    return (turn(dy_t, *inputs[1:], True),)
+    return (turn(dy_t, *inputs[1:], back=True),)
 
 
 _op = twice_differentiable(forward, backward, jvp, backward_jvp, differentiable=1)
