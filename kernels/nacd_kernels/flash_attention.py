@@ -19,73 +19,20 @@ device and in any float type: tiles of whole rows of S, so P is their softmax an
 are computed in float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .attention_mask import Mask
+from .attention_tiles import Tile, Tiles, by_run
 from .checks import check, check_like
 from .dispatch import use_triton
-from .twice import Maybe, Tensors, add, twice_differentiable
+from .twice import Maybe, Tensors, add, autocast, times, twice_differentiable
 
+# measured on one core at T = 130, 514 and 2048, d = 64: BLOCK 32..256, TILE 2^15..2^18
 BLOCK = 128  # query rows of a tile, at most
-TILE = 1 << 16  # scores of a tile, heads together: what a core's cache holds
-
-
-class Tile(NamedTuple):
-    """Some query rows of some heads, and the keys they see."""
-
-    rows: tuple[slice, slice]  # heads and rows of [G, L * ratio, e]
-    keys: tuple[slice, slice]  # heads and rows of [G, L, d]
-    bias: Tensor  # 0 or -inf, [rows, w]: for the last w of the keys
-
-
-class Tiles:
-    """The tiles of a run of n G key heads, L tokens and `ratio` query heads a key head.
-
-    Query rows are ordered by token, then by head of the group: row r is of token r // ratio. So a group shares its
-    keys in one product, and a tile of every tensor is a slice.
-    """
-
-    def __init__(self, q: Tensor, k: Tensor, mask: Mask):
-        self.heads, self.L = k.shape[:2]
-        self.ratio, self.softcap = q.shape[1] // self.L, mask.softcap
-        self.before = self.L if mask.window is None else mask.window - 1  # keys a query sees before itself
-        count = -(-self.L * self.ratio // BLOCK)
-        self.step = -(-self.L // count)
-        reach = min(self.L, self.before + self.step)
-        self.together = max(1, TILE // (self.step * self.ratio * reach))
-        # of a block's rows for the keys from the first hidden by the window, or from the block's own first key
-        self.near = 0 if mask.window is None else self.before
-        row = torch.arange(self.step, device=q.device).repeat_interleave(self.ratio)[:, None]
-        ahead = torch.arange(-self.near, self.step, device=q.device) - row
-        self.bias = q.new_zeros(ahead.shape).masked_fill_((ahead > 0) | (ahead < -self.before), -torch.inf)
-
-    def __iter__(self) -> Iterator[Tile]:
-        for h in range(0, self.heads, self.together):
-            heads = slice(h, h + self.together)
-            for i in range(0, self.L, self.step):
-                j, near = min(i + self.step, self.L), min(i, self.near)
-                bias = self.bias[: (j - i) * self.ratio, self.near - near : self.near + j - i]
-                keys = slice(max(0, i - self.before), j)
-                yield Tile((heads, slice(i * self.ratio, j * self.ratio)), (heads, keys), bias)
-
-    def weights(self, tile: Tile, q: Tensor, k: Tensor) -> tuple[Tensor, Maybe]:
-        """P, and tanh(S / softcap) or None, of one tile. q is scaled by c, here and everywhere below."""
-        s, t = q[tile.rows] @ k[tile.keys].mT, None
-        if self.softcap is not None:
-            t = s.div_(self.softcap).tanh_()
-            s = t * self.softcap
-        s[..., s.shape[-1] - tile.bias.shape[-1] :] += tile.bias
-        return torch.softmax(s, -1), t
-
-    def score_tangent(self, tile: Tile, q: Tensor, k: Tensor, q_t: Maybe, k_t: Maybe, t: Maybe) -> Maybe:
-        """S' of one tile, or None."""
-        s_t = into(None, cut(q_t, tile.rows), k[tile.keys].mT)
-        s_t = into(s_t, q[tile.rows], turned(cut(k_t, tile.keys)))
-        return None if s_t is None else through_cap(s_t, t)
+TILE = 1 << 16  # scores of a tile for each thread, where several heads fit: what a core's cache holds
 
 
 def cut(x: Maybe, at: tuple[slice, slice]) -> Maybe:
@@ -96,11 +43,30 @@ def turned(x: Maybe) -> Maybe:
     return None if x is None else x.mT
 
 
-def into(total: Maybe, a: Maybe, b: Maybe) -> Maybe:
-    """total + a b, in place; None counts as zero."""
-    if a is None or b is None:
-        return total
-    return a @ b if total is None else total.baddbmm_(a, b)
+def rowsum(x: Maybe, y: Maybe) -> Maybe:
+    return None if x is None or y is None else torch.linalg.vecdot(x, y).unsqueeze_(-1)
+
+
+def where(needs: Sequence[bool], values: Sequence[Maybe]) -> Tensors:
+    return tuple(x if need else None for x, need in zip(values, needs, strict=True))
+
+
+def zeros_where(needs: Sequence[bool], *like: Tensor) -> Tensors:
+    return tuple(torch.zeros_like(x) if need else None for x, need in zip(like, needs, strict=True))
+
+
+def into(total: Maybe, a: Maybe, b: Maybe, scale: float = 1.0) -> None:
+    """total += scale a b; nothing where the total is not wanted (None), or a or b is zero (None)."""
+    if total is not None and a is not None and b is not None:
+        total.baddbmm_(a, b, alpha=scale)
+
+
+def product_along(a: Tensor, b: Tensor, a_t: Maybe, b_t: Maybe) -> Maybe:
+    """The tangent a' b + a b' of a product, or None."""
+    if a_t is None:
+        return None if b_t is None else a @ b_t
+    tangent = a_t @ b
+    return tangent if b_t is None else tangent.baddbmm_(a, b_t)
 
 
 def through_cap(x: Tensor, t: Maybe) -> Tensor:
@@ -108,116 +74,83 @@ def through_cap(x: Tensor, t: Maybe) -> Tensor:
     return x if t is None else x.addcmul_(x * t, t, value=-1)
 
 
-def through_softmax(p: Tensor, s_t: Maybe) -> Maybe:
-    """P' = P o (S' - mu), in place of S'."""
-    if s_t is None:
-        return None
-    p_t = s_t.mul_(p)
-    return p_t.addcmul_(p, p_t.sum(-1, keepdim=True), value=-1)
+def tiles_of(q: Tensor, k: Tensor, mask: Mask) -> Tiles:
+    return Tiles(q, k, mask.window, BLOCK, TILE)
 
 
-def rowsum(x: Maybe, y: Maybe) -> Maybe:
-    return None if x is None or y is None else torch.linalg.vecdot(x, y).unsqueeze_(-1)
+def weights(tile: Tile, q: Tensor, k: Tensor, softcap: float | None) -> tuple[Tensor, Maybe]:
+    """P, and t = tanh(S / softcap) or None, of one tile."""
+    s, t = q[tile.rows] @ k[tile.keys].mT, None
+    if softcap is not None:
+        t = s.div_(softcap).tanh_()
+        s = t * softcap
+    s[..., s.shape[-1] - tile.bias.shape[-1] :] += tile.bias
+    return torch.softmax(s, -1), t
 
 
-def by_run(work: Callable[..., Tensors], mask: Mask, c: float, like: Tensors, **tensors: Maybe) -> Tensors:
-    """The results of work(tiles, tensors by name) for every run of the mask, pasted into zeros like `like`.
-
-    tensors: [B, H or G, T, e]. A run's are [n G, L * ratio, e], contiguous, in float32 where they have 16 bits, and
-    the queries scaled by c.
-    """
-    q, k = tensors["q"], tensors["k"]
-    (B, _, T, _), G = q.shape, k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-
-    def flat(x: Tensor) -> Tensor:
-        return x.unflatten(1, (G, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1).to(dtype).contiguous()
-
-    def unflat(y: Tensor, L: int) -> Tensor:
-        y = y.unflatten(0, (-1, G)).unflatten(2, (L, -1)).transpose(2, 3).flatten(1, 2)
-        return y.to(q.dtype)
-
-    out = [None if x is None else torch.zeros_like(x) for x in like] if not mask.covers(B, T) or q.numel() == 0 else []
-    for run in mask.runs():
-        parts = {name: None if x is None else flat(run.cut(x)) for name, x in tensors.items()}
-        for name in ("q", "q_t"):
-            if parts.get(name) is not None:
-                parts[name] = parts[name] * c
-        found = [
-            None if y is None else unflat(y, run.length) for y in work(Tiles(parts["q"], parts["k"], mask), **parts)
-        ]
-        if not out:
-            return tuple(found)
-        for whole, y in zip(out, found, strict=True):
-            if whole is not None:
-                run.cut(whole).copy_(y)
-    return tuple(out)
+def weights_along(
+    tile: Tile, q: Tensor, k: Tensor, q_t: Maybe, k_t: Maybe, softcap: float | None
+) -> tuple[Tensor, Maybe, Maybe, Maybe]:
+    """P, P', t and the tangent of the cap's slope 1 - t^2, of one tile; all but P may be None."""
+    p, t = weights(tile, q, k, softcap)
+    p_t = product_along(q[tile.rows], k[tile.keys].mT, cut(q_t, tile.rows), turned(cut(k_t, tile.keys)))
+    if p_t is None:
+        return p, None, t, None
+    p_t, slope_t = through_cap(p_t, t), None
+    if softcap is not None:
+        slope_t = (p_t * t).mul_(-2 / softcap)
+    p_t.mul_(p)
+    return p, p_t.addcmul_(p, p_t.sum(-1, keepdim=True), value=-1), t, slope_t
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, c: float) -> tuple[Tensor, Tensors]:
-    def work(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
-        o = torch.empty_like(q)
-        for tile in tiles:
-            p, _ = tiles.weights(tile, q, k)
-            o[tile.rows] = p @ v[tile.keys]
+    def work(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
+        q, o = q * c, torch.zeros_like(q)
+        for tile in tiles_of(q, k, mask):
+            p, _ = weights(tile, q, k, mask.softcap)
+            into(o[tile.rows], p, v[tile.keys])
         return (o,)
 
-    return by_run(work, mask, c, (q,), q=q, k=k, v=v)[0], ()
-
-
-def along(inputs: tuple, tangents: Tensors, primal: bool) -> Tensors:
-    """O (if primal) and O'."""
-    q, k, v, mask, c = inputs
-
-    def work(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, q_t: Maybe, k_t: Maybe, v_t: Maybe) -> Tensors:
-        o, o_t = torch.empty_like(q) if primal else None, torch.empty_like(q)
-        for tile in tiles:
-            p, t = tiles.weights(tile, q, k)
-            p_t = through_softmax(p, tiles.score_tangent(tile, q, k, q_t, k_t, t))
-            if o is not None:
-                o[tile.rows] = p @ v[tile.keys]
-            o_t[tile.rows] = into(into(None, p_t, v[tile.keys]), p, cut(v_t, tile.keys))
-        return o, o_t
-
-    named = dict(zip(("q_t", "k_t", "v_t"), tangents))
-    return by_run(work, mask, c, (q if primal else None, q), q=q, k=k, v=v, **named)
-
-
-def jvp(inputs: tuple, saved: Tensors, tangents: Tensors) -> tuple[Tensor | None, Tensors]:
-    if all(x is None for x in tangents):
-        return None, ()
-    return along(inputs, tangents, primal=False)[1], ()
-
-
-def forward_dual(inputs: tuple, tangents: Tensors) -> tuple[Tensor, Tensors, Tensor, Tensors]:
-    o, o_t = along(inputs, tangents, primal=True)
-    return o, (), o_t, ()
+    return by_run(work, mask, (q,), (q, k, v))[0], ()
 
 
 def backward(inputs: tuple, saved: Tensors, do: Tensor, needs: tuple[bool, ...]) -> Tensors:
-    q, k, v, mask, c = inputs
+    *qkv, mask, c = inputs
 
-    def work(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor) -> Tensors:
-        dq, dk, dv = (torch.zeros_like(x) if need else None for x, need in zip((q, k, v), needs))
-        delta = rowsum(do, o)
-        for tile in tiles:
+    def work(q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor) -> Tensors:
+        dq, dk, dv = zeros_where(needs, q, k, v)
+        q, delta = q * c, rowsum(do, o)
+        for tile in tiles_of(q, k, mask):
             rows, keys = tile.rows, tile.keys
-            p, t = tiles.weights(tile, q, k)
+            p, t = weights(tile, q, k, mask.softcap)
             into(cut(dv, keys), p.mT, do[rows])
             ds = through_cap((do[rows] @ v[keys].mT).sub_(delta[rows]).mul_(p), t)
-            if dq is not None:
-                dq[rows] = ds @ k[keys]
+            into(cut(dq, rows), ds, k[keys], c)
             into(cut(dk, keys), ds.mT, q[rows])
-        return None if dq is None else dq.mul_(c), dk, dv
+        return dq, dk, dv
 
-    return by_run(work, mask, c, wanted(inputs, needs), q=q, k=k, v=v, o=saved[0], do=do)
-
-
-def wanted(inputs: tuple, needs: tuple[bool, ...]) -> Tensors:
-    return tuple(x if need else None for x, need in zip(inputs, needs))
+    return by_run(work, mask, where(needs, qkv), [*qkv, saved[0], do])
 
 
-def along_backward(
+def attend_along(inputs: tuple, tangents: Tensors, primal: bool) -> Tensors:
+    """O (if primal) and O', in one pass."""
+    *qkv, mask, c = inputs
+
+    def work(q: Tensor, k: Tensor, v: Tensor, q_t: Maybe, k_t: Maybe, v_t: Maybe) -> Tensors:
+        o, o_t = zeros_where((primal, True), q, q)
+        q, q_t = q * c, times(q_t, c)
+        for tile in tiles_of(q, k, mask):
+            rows, keys = tile.rows, tile.keys
+            p, p_t, _, _ = weights_along(tile, q, k, q_t, k_t, mask.softcap)
+            into(cut(o, rows), p, v[keys])
+            into(o_t[rows], p_t, v[keys])
+            into(o_t[rows], p, cut(v_t, keys))
+        return o, o_t
+
+    return by_run(work, mask, where((primal, True), (qkv[0], qkv[0])), [*qkv, *tangents])
+
+
+def differentiate_along(
     inputs: tuple,
     o: Tensor,
     tangents: Tensors,
@@ -227,50 +160,52 @@ def along_backward(
     needs: tuple[bool, ...],
     primal: bool,
 ) -> Tensors:
-    """dQ, dK, dV (if primal) and dQ', dK', dV'; None where not needed."""
-    q, k, v, mask, c = inputs
-    first, then = (wanted(inputs, needs) if primal else (None, None, None)), wanted(inputs, needs)
+    """dQ, dK, dV (if primal) and dQ', dK', dV', in one pass; None where not needed."""
+    *qkv, mask, c = inputs
+    six = (*(primal and need for need in needs), *needs)
 
-    def work(
-        tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, q_t: Maybe, k_t: Maybe, v_t: Maybe, **rest: Maybe
-    ) -> Tensors:
-        o, o_t, do, do_t = (rest[name] for name in ("o", "o_t", "do", "do_t"))
-        zeros = [None if x is None else torch.zeros_like(y) for x, y in zip((*first, *then), (q, k, v, q, k, v))]
-        dq, dk, dv, dq_t, dk_t, dv_t = zeros
+    def work(*run: Maybe) -> Tensors:
+        q, k, v, q_t, k_t, v_t, o, o_t, do, do_t = run
+        dq, dk, dv, dq_t, dk_t, dv_t = results = zeros_where(six, q, k, v, q, k, v)
         delta, delta_t = rowsum(do, o), add(rowsum(do_t, o), rowsum(do, o_t))
-        for tile in tiles:
+        q, q_t = q * c, times(q_t, c)
+        for tile in tiles_of(q, k, mask):
             rows, keys = tile.rows, tile.keys
             q_b, q_tb, do_b, do_tb = (cut(x, rows) for x in (q, q_t, do, do_t))
             k_b, k_tb, v_b, v_tb = (cut(x, keys) for x in (k, k_t, v, v_t))
-            p, t = tiles.weights(tile, q, k)
-            s_t = tiles.score_tangent(tile, q, k, q_t, k_t, t)
-            slope_t = None if s_t is None or t is None else (s_t * t).mul_(-2 / tiles.softcap)
-            p_t = through_softmax(p, s_t)
-            into(into(cut(dv_t, keys), p.mT, do_tb), turned(p_t), do_b)
+            p, p_t, t, slope_t = weights_along(tile, q, k, q_t, k_t, mask.softcap)
             into(cut(dv, keys), p.mT, do_b)
+            into(cut(dv_t, keys), p.mT, do_tb)
+            into(cut(dv_t, keys), turned(p_t), do_b)
             dp = (do_b @ v_b.mT).sub_(delta[rows])
-            dp_t = into(into(None, do_tb, v_b.mT), do_b, turned(v_tb))
-            dp_t = -delta_t[rows] if dp_t is None else dp_t.sub_(delta_t[rows])
-            ds_t = dp_t * p if dp_t.shape != p.shape else dp_t.mul_(p)
-            ds_t = ds_t if p_t is None else ds_t.addcmul_(p_t, dp)
-            ds = dp.mul_(p)
-            ds_t = through_cap(ds_t, t)
+            dp_t = product_along(do_b, v_b.mT, do_tb, turned(v_tb))
+            ds_t = p * -delta_t[rows] if dp_t is None else dp_t.sub_(delta_t[rows]).mul_(p)
+            if p_t is not None:
+                ds_t.addcmul_(p_t, dp)
+            ds, ds_t = dp.mul_(p), through_cap(ds_t, t)
             if slope_t is not None:
                 ds_t.addcmul_(slope_t, ds)
             ds = through_cap(ds, t)
-            into(into(cut(dk_t, keys), ds_t.mT, q_b), ds.mT, q_tb)
+            into(cut(dq, rows), ds, k_b, c)
+            into(cut(dq_t, rows), ds, k_tb, c)
+            into(cut(dq_t, rows), ds_t, k_b, c)
             into(cut(dk, keys), ds.mT, q_b)
-            if dq_t is not None:
-                dq_t[rows] = into(ds_t @ k_b, ds, k_tb)
-            if dq is not None:
-                dq[rows] = ds @ k_b
-        for x in (dq, dq_t):
-            if x is not None:
-                x.mul_(c)
-        return dq, dk, dv, dq_t, dk_t, dv_t
+            into(cut(dk_t, keys), ds.mT, q_tb)
+            into(cut(dk_t, keys), ds_t.mT, q_b)
+        return results
 
-    named = dict(zip(("q_t", "k_t", "v_t"), tangents))
-    return by_run(work, mask, c, (*first, *then), q=q, k=k, v=v, **named, o=o, o_t=o_t, do=do, do_t=do_t)
+    return by_run(work, mask, where(six, (*qkv, *qkv)), [*qkv, *tangents, o, o_t, do, do_t])
+
+
+def jvp(inputs: tuple, saved: Tensors, tangents: Tensors) -> tuple[Tensor | None, Tensors]:
+    if all(x is None for x in tangents):
+        return None, ()
+    return attend_along(inputs, tangents, primal=False)[1], ()
+
+
+def forward_dual(inputs: tuple, tangents: Tensors) -> tuple[Tensor, Tensors, Tensor, Tensors]:
+    o, o_t = attend_along(inputs, tangents, primal=True)
+    return o, (), o_t, ()
 
 
 def backward_jvp(
@@ -284,7 +219,7 @@ def backward_jvp(
 ) -> Tensors:
     if saved_t[0] is None and do_t is None:
         return None, None, None
-    return along_backward(inputs, saved[0], tangents, saved_t[0], do, do_t, needs, primal=False)[3:]
+    return differentiate_along(inputs, saved[0], tangents, saved_t[0], do, do_t, needs, primal=False)[3:]
 
 
 def backward_dual(
@@ -298,7 +233,7 @@ def backward_dual(
 ) -> tuple[Tensors, Tensors]:
     if saved_t[0] is None and do_t is None:
         return backward(inputs, saved, do, needs), (None, None, None)
-    six = along_backward(inputs, saved[0], tangents, saved_t[0], do, do_t, needs, primal=True)
+    six = differentiate_along(inputs, saved[0], tangents, saved_t[0], do, do_t, needs, primal=True)
     return six[:3], six[3:]
 
 
@@ -343,9 +278,9 @@ def flash_attention(
         q.ndim == 4 and k.shape == v.shape,
         f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be [B, H, T, d], and k and v alike",
     )
-    fits = k.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and q.shape[1] % k.shape[1] == 0
+    fits = k.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
     check(
-        fits,
+        fits and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
         f"k is {tuple(k.shape)}, q {tuple(q.shape)}: must agree but for the heads, of which q has a multiple of k's",
     )
     check_like("k", k, "q", q)
@@ -355,6 +290,7 @@ def flash_attention(
         f"dropout={dropout} is refused: the mask would be drawn anew where the second derivative runs attention again, "
         "and so be another function's; must be 0",
     )
+    q, k, v = autocast(q, k, v)
     mask = Mask.of(q.shape[0], q.shape[2], cu_seqlens, key_padding, window, softcap)
     c = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if use_triton(q):
