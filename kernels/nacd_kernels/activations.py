@@ -22,7 +22,7 @@ forward-mode formula for its backward, so a Llama fails there. 16-bit inputs are
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,13 @@ def gelu_curve(g: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor | None]:
 def sigmoid_curve(kind: str, g: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     if kind == "silu":
         z1, s = None, torch.sigmoid(g)
+        q = torch.addcmul(s, s, s, value=-1)
     else:
         square = (g * g).clamp_(max=1e4)  # s is 0 or 1 long before, and q z1 stays 0 where it would become 0 inf
         z1 = (square * (6 * K * CUBE)).add_(2 * K)
-        s = square.mul_(2 * K * CUBE).add_(2 * K).mul_(g).sigmoid_()
-    q = torch.addcmul(s, s, s, value=-1)
+        z = square.mul_(2 * K * CUBE).add_(2 * K).mul_(g)
+        s = torch.sigmoid(z)
+        q = z.neg_().sigmoid_().mul_(s)  # 1 - s cancels, and z1 is large
     bend = g * q if z1 is None else (g * q).mul_(z1)
     f2 = None
     if second and z1 is None:
@@ -87,6 +89,43 @@ def slope_times(kind: str, g: Tensor, v: Tensor) -> Tensor:
     return curve(kind, g, False)[1].mul_(v)
 
 
+def fill_outputs(kind: str, tensors: Sequence[Maybe], outs: Sequence[Maybe]) -> None:
+    """(g, u, g', u') -> (y, y'); u is None for an activation by itself, tangents and results where there are none."""
+    (y, y_t), flats = (flat(x) for x in outs), [flat(x) for x in tensors]
+    for part in pieces(tensors[0], tensors[0].numel()):
+        g, u, g_t, u_t = cut(part, *flats)
+        if y is None and u is None:
+            y_t[part] = slope_times(kind, g, g_t)
+            continue
+        f, f1, _ = (value(kind, g), None, None) if g_t is None else curve(kind, g, False)
+        moved = None if f1 is None else f1.mul_(g_t)
+        if y_t is not None and u is None:
+            y_t[part] = moved
+        elif y_t is not None:
+            put(y_t[part], (moved, u), (f, u_t))
+        if y is not None:
+            y[part] = f if u is None else f.mul_(u)
+
+
+def fill_gradients(kind: str, tensors: Sequence[Maybe], outs: Sequence[Maybe]) -> None:
+    """(g, u, g', u', dy, dy') -> (dg, du, dg', du'), each None where it is not."""
+    flats, flat_outs = [flat(x) for x in tensors], [flat(x) for x in outs]
+    for part in pieces(tensors[0], tensors[0].numel()):
+        g, u, g_t, u_t, dy, dy_t = cut(part, *flats)
+        dg, du, dg_t, du_t = (None if x is None else x[part] for x in flat_outs)
+        if u is None and g_t is None:
+            for out, v in ((dg, dy), (dg_t, dy_t)):
+                if out is not None:
+                    out.copy_(slope_times(kind, g, v))
+            continue
+        f, f1, f2 = curve(kind, g, second=g_t is not None and dg_t is not None)
+        v, v_t = (dy, dy_t) if u is None else (dy * u, add(times(dy_t, u), times(dy, u_t)))
+        put(dg, (f1, v))
+        put(du, (f, dy))
+        put(dg_t, (f1, v_t), (None if f2 is None else f2.mul_(g_t), v))
+        put(du_t, (f, dy_t), (None if g_t is None else f1.mul_(g_t), dy))
+
+
 def flat(x: Maybe) -> Maybe:
     return None if x is None else x.reshape(-1)
 
@@ -95,91 +134,51 @@ def like(x: Tensor, wanted: bool) -> Maybe:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
 
 
-def outputs(kind: str, gate: Tensor, up: Maybe, gate_t: Maybe, up_t: Maybe, primal: bool) -> tuple[Maybe, Maybe]:
-    """y (if `primal`) and y' (if there is a tangent); up is None for an activation by itself."""
-    y, y_t = like(gate, primal), like(gate, gate_t is not None or up_t is not None)
-    flats = [flat(x) for x in (gate, up, gate_t, up_t)]
-    out, out_t = flat(y), flat(y_t)
-    for part in pieces(gate, gate.numel()):
-        g, u, g_t, u_t = cut(part, *flats)
-        if g_t is None:
-            f, moved = value(kind, g), None
-        elif up is None and not primal:
-            out_t[part] = slope_times(kind, g, g_t)
-            continue
-        else:
-            f, f1, _ = curve(kind, g, False)
-            moved = f1.mul_(g_t)
-        if y_t is not None:
-            if up is None:
-                out_t[part] = moved
-            else:
-                put(out_t[part], (moved, u), (f, u_t))
-        if primal:
-            out[part] = f if up is None else f.mul_(u)
-    return y, y_t
-
-
-def gradients(
-    kind: str,
-    gate: Tensor,
-    up: Maybe,
-    gate_t: Maybe,
-    up_t: Maybe,
-    dy: Tensor,
-    dy_t: Maybe,
-    needs: tuple[bool, ...],
-    primal: bool,
-    tangent: bool,
-) -> tuple[Tensors, Tensors]:
-    """(dg, du) if `primal` and (dg', du') if `tangent`, each only where it is needed and not zero."""
-    curved, linear = gate_t is not None, dy_t is not None
-    d_gate, d_up = like(gate, primal and needs[0]), like(gate, primal and needs[1])
-    d_gate_t = like(gate, tangent and needs[0] and (curved or linear or up_t is not None))
-    d_up_t = like(gate, tangent and needs[1] and (curved or linear))
-    flats = [flat(x) for x in (gate, up, gate_t, up_t, dy, dy_t)]
-    outs = [flat(x) for x in (d_gate, d_up, d_gate_t, d_up_t)]
-    for part in pieces(gate, gate.numel()):
-        g, u, g_t, u_t, d, d_t = cut(part, *flats)
-        dg, du, dg_t, du_t = (None if x is None else x[part] for x in outs)
-        if up is None and not curved:
-            for out, v in ((dg, d), (dg_t, d_t)):
-                if out is not None:
-                    out.copy_(slope_times(kind, g, v))
-            continue
-        f, f1, f2 = curve(kind, g, curved and dg_t is not None)
-        scaled, scaled_t = (d, d_t) if u is None else (d * u, add(times(d_t, u), times(d, u_t)))
-        put(dg, (f1, scaled))
-        put(du, (f, d))
-        put(dg_t, (f1, scaled_t), (None if f2 is None else f2.mul_(g_t), scaled))
-        put(du_t, (f, d_t), (f1.mul_(g_t) if curved else None, d))
-    return (d_gate, d_up), (d_gate_t, d_up_t)
-
-
 class Activation:
-    """The functions of an op, from `outputs` and `gradients` as above, of the reference or of the kernels.
+    """The functions of an op, from what fills its results: the reference above, or the kernels.
 
-    Inputs (gate, up, kind) if `gated`, else (x, kind).
+    Inputs (g, u, kind) if `gated`, else (g, kind).
     """
 
-    def __init__(self, outputs: Callable[..., tuple], gradients: Callable[..., tuple], gated: bool):
-        self.outputs, self.gradients, self.gated = outputs, gradients, gated
+    def __init__(self, fill_outputs: Callable[..., None], fill_gradients: Callable[..., None], gated: bool):
+        self.fill_outputs, self.fill_gradients, self.gated = fill_outputs, fill_gradients, gated
 
     def pair(self, tensors: tuple) -> tuple[Maybe, Maybe]:
         return (tensors[0], tensors[1]) if self.gated else (tensors[0], None)
 
+    def outputs(self, inputs: tuple, tangents: Tensors, primal: bool) -> tuple[Maybe, Maybe]:
+        """y (if `primal`) and y' (where there is a tangent)."""
+        (g, u), (g_t, u_t) = self.pair(inputs), self.pair(tangents)
+        outs = like(g, primal), like(g, g_t is not None or u_t is not None)
+        if any(x is not None for x in outs):
+            self.fill_outputs(inputs[-1], (g, u, g_t, u_t), outs)
+        return outs
+
+    def gradients(
+        self, inputs: tuple, tangents: Tensors, dy: Tensor, dy_t: Maybe, needs: Sequence[bool], primal: bool
+    ) -> tuple[Tensors, Tensors]:
+        """dx (if `primal`) and dx' (where it is not zero), of the inputs that need it."""
+        (g, u), (g_t, u_t) = self.pair(inputs), self.pair(tangents)
+        need_g, need_u = needs[0], self.gated and needs[1]
+        moves_f = g_t is not None or dy_t is not None
+        dx = like(g, primal and need_g), like(g, primal and need_u)
+        dx_t = like(g, need_g and (moves_f or u_t is not None)), like(g, need_u and moves_f)
+        if any(x is not None for x in (*dx, *dx_t)):
+            self.fill_gradients(inputs[-1], (g, u, g_t, u_t, dy, dy_t), (*dx, *dx_t))
+        return (dx, dx_t) if self.gated else (dx[:1], dx_t[:1])
+
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensors]:
-        return self.outputs(inputs[-1], *self.pair(inputs), None, None, True)[0], ()
+        return self.outputs(inputs, (None, None), True)[0], ()
 
     def forward_dual(self, inputs: tuple, tangents: Tensors) -> tuple[Tensor, Tensors, Maybe, Tensors]:
-        y, y_t = self.outputs(inputs[-1], *self.pair(inputs), *self.pair(tangents), True)
+        y, y_t = self.outputs(inputs, tangents, True)
         return y, (), y_t, ()
 
     def jvp(self, inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Maybe, Tensors]:
-        return self.outputs(inputs[-1], *self.pair(inputs), *self.pair(tangents), False)[1], ()
+        return self.outputs(inputs, tangents, False)[1], ()
 
     def backward(self, inputs: tuple, stats: Tensors, dy: Tensor, needs: tuple[bool, ...]) -> Tensors:
-        return self.both(inputs, (None, None), dy, None, needs, True, False)[0]
+        return self.gradients(inputs, (None, None), dy, None, needs, True)[0]
 
     def backward_jvp(
         self,
@@ -191,7 +190,7 @@ class Activation:
         dy_t: Maybe,
         needs: tuple[bool, ...],
     ) -> Tensors:
-        return self.both(inputs, tangents, dy, dy_t, needs, False, True)[1]
+        return self.gradients(inputs, tangents, dy, dy_t, needs, False)[1]
 
     def backward_dual(
         self,
@@ -203,23 +202,7 @@ class Activation:
         dy_t: Maybe,
         needs: tuple[bool, ...],
     ) -> tuple[Tensors, Tensors]:
-        return self.both(inputs, tangents, dy, dy_t, needs, True, True)
-
-    def both(
-        self,
-        inputs: tuple,
-        tangents: Tensors,
-        dy: Tensor,
-        dy_t: Maybe,
-        needs: tuple[bool, ...],
-        primal: bool,
-        tangent: bool,
-    ) -> tuple[Tensors, Tensors]:
-        wanted = needs if self.gated else (needs[0], False)
-        dx, dx_t = self.gradients(
-            inputs[-1], *self.pair(inputs), *self.pair(tangents), dy, dy_t, wanted, primal, tangent
-        )
-        return (dx, dx_t) if self.gated else (dx[:1], dx_t[:1])
+        return self.gradients(inputs, tangents, dy, dy_t, needs, True)
 
     def op(self) -> Callable[..., Tensor]:
         return twice_differentiable(
@@ -233,8 +216,8 @@ class Activation:
         )
 
 
-_activate = Activation(outputs, gradients, gated=False).op()
-_gate = Activation(outputs, gradients, gated=True).op()
+_activate = Activation(fill_outputs, fill_gradients, gated=False).op()
+_gate = Activation(fill_outputs, fill_gradients, gated=True).op()
 
 _relu = twice_differentiable(
     forward=lambda x: (torch.relu(x), ()),
@@ -252,9 +235,9 @@ def threshold(v: Maybe, x: Tensor) -> Maybe:
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), twice differentiable. x [...]; the result is alike."""
     if use_triton(x):
-        from .activations_triton import activate  # Triton is needed only from here
+        from .activations_triton import activation_op  # Triton is needed only from here
 
-        return activate(x, "relu")
+        return activation_op(x, "relu")
     return _relu(x)
 
 
@@ -265,9 +248,9 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """
     kind = checked_kind(approximate)
     if use_triton(x):
-        from .activations_triton import activate
+        from .activations_triton import activation_op
 
-        return activate(x, kind)
+        return activation_op(x, kind)
     return _activate(x, kind)
 
 
@@ -294,7 +277,7 @@ def _gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     check(gate.shape == up.shape, f"gate is {tuple(gate.shape)}, up {tuple(up.shape)}: must be one shape")
     check_like("up", up, "gate", gate)
     if use_triton(gate):
-        from .activations_triton import gate_with
+        from .activations_triton import gated_op
 
-        return gate_with(gate, up, kind)
+        return gated_op(gate, up, kind)
     return _gate(gate, up, kind)
