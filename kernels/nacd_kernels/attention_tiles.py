@@ -52,31 +52,27 @@ class Tiles:
                 yield Tile((heads, rows), (heads, keys), bias)
 
 
-def by_run(work: Callable[..., Tensors], mask: Mask, like: Sequence[Maybe], tensors: Sequence[Maybe]) -> Tensors:
-    """The results of work(*tensors of a run) for every run of the mask, pasted into zeros, each like its `like`.
+def by_run(work: Callable[..., None], mask: Mask, like: Sequence[Maybe], tensors: Sequence[Maybe]) -> Tensors:
+    """Results like each of `like` (None where it is None): work(results, *tensors) adds to zeros, run by run.
 
-    tensors: q [B, H, T, d], k [B, G, T, d], and others of H or G heads. What work sees and returns is [n G, rows, e]
-    for a run of n segments: a row a token of k, H/G rows a token of q, all contiguous, 16-bit types as float32.
+    tensors: q [B, H, T, d], k [B, G, T, d], and others of H or G heads. What work sees is [n G, rows, e] for a run of
+    n segments: a row a token of k, H/G rows a token of q, all contiguous, 16-bit types as float32.
     """
     q, k = tensors[:2]
     assert q is not None and k is not None
-    (B, _, T, _), G, dtype = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    G, dtype = k.shape[1], torch.promote_types(q.dtype, torch.float32)
 
     def rows(x: Tensor) -> Tensor:
         return x.unflatten(1, (G, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1).to(dtype).contiguous()
 
-    def heads(y: Tensor, length: int) -> Tensor:
-        return y.unflatten(0, (-1, G)).unflatten(2, (length, -1)).transpose(2, 3).flatten(1, 2).to(q.dtype)
-
-    runs = list(mask.runs())
-    whole = len(runs) == 1 and mask.covers(B, T)
-    out = () if whole else tuple(None if x is None else torch.zeros_like(x) for x in like)
-    for run in runs:
-        found = work(*(None if x is None else rows(run.cut(x)) for x in tensors))
-        parts = tuple(None if y is None else heads(y, run.length) for y in found)
-        if whole:
-            return parts
-        for total, part in zip(out, parts, strict=True):
-            if total is not None:
-                run.cut(total).copy_(part)
-    return out
+    # what work sees are views of the results where it can be, not the other way round: autograd lets nobody write
+    # into a view that an op made
+    results = [None if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device) for x in like]
+    for run in mask.runs():
+        places: list[Maybe] = [None if x is None else run.cut(x) for x in results]
+        parts: list[Maybe] = [None if x is None else rows(x) for x in places]
+        work(parts, *(None if x is None else rows(run.cut(x)) for x in tensors))
+        for place, part in zip(places, parts, strict=True):
+            if place is not None and part.data_ptr() != place.data_ptr():
+                place.copy_(part.unflatten(0, (-1, G)).unflatten(2, (run.length, -1)).transpose(2, 3).flatten(1, 2))
+    return tuple(None if x is None else x.to(q.dtype) for x in results)

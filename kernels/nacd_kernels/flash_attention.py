@@ -51,10 +51,6 @@ def where(needs: Sequence[bool], values: Sequence[Maybe]) -> Tensors:
     return tuple(x if need else None for x, need in zip(values, needs, strict=True))
 
 
-def zeros_where(needs: Sequence[bool], *like: Tensor) -> Tensors:
-    return tuple(torch.zeros_like(x) if need else None for x, need in zip(like, needs, strict=True))
-
-
 def into(total: Maybe, a: Maybe, b: Maybe, scale: float = 1.0) -> None:
     """total += scale a b; nothing where the total is not wanted (None), or a or b is zero (None)."""
     if total is not None and a is not None and b is not None:
@@ -104,12 +100,11 @@ def weights_along(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, c: float) -> tuple[Tensor, Tensors]:
-    def work(q: Tensor, k: Tensor, v: Tensor) -> Tensors:
-        q, o = q * c, torch.zeros_like(q)
+    def work(results: Tensors, q: Tensor, k: Tensor, v: Tensor) -> None:
+        (o,), q = results, q * c
         for tile in tiles_of(q, k, mask):
             p, _ = weights(tile, q, k, mask.softcap)
             into(o[tile.rows], p, v[tile.keys])
-        return (o,)
 
     return by_run(work, mask, (q,), (q, k, v))[0], ()
 
@@ -117,8 +112,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, c: float) -> tuple[Tens
 def backward(inputs: tuple, saved: Tensors, do: Tensor, needs: tuple[bool, ...]) -> Tensors:
     *qkv, mask, c = inputs
 
-    def work(q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor) -> Tensors:
-        dq, dk, dv = zeros_where(needs, q, k, v)
+    def work(results: Tensors, q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor) -> None:
+        dq, dk, dv = results
         q, delta = q * c, rowsum(do, o)
         for tile in tiles_of(q, k, mask):
             rows, keys = tile.rows, tile.keys
@@ -127,7 +122,6 @@ def backward(inputs: tuple, saved: Tensors, do: Tensor, needs: tuple[bool, ...])
             ds = through_cap((do[rows] @ v[keys].mT).sub_(delta[rows]).mul_(p), t)
             into(cut(dq, rows), ds, k[keys], c)
             into(cut(dk, keys), ds.mT, q[rows])
-        return dq, dk, dv
 
     return by_run(work, mask, where(needs, qkv), [*qkv, saved[0], do])
 
@@ -136,8 +130,8 @@ def attend_along(inputs: tuple, tangents: Tensors, primal: bool) -> Tensors:
     """O (if primal) and O', in one pass."""
     *qkv, mask, c = inputs
 
-    def work(q: Tensor, k: Tensor, v: Tensor, q_t: Maybe, k_t: Maybe, v_t: Maybe) -> Tensors:
-        o, o_t = zeros_where((primal, True), q, q)
+    def work(results: Tensors, q: Tensor, k: Tensor, v: Tensor, q_t: Maybe, k_t: Maybe, v_t: Maybe) -> None:
+        o, o_t = results
         q, q_t = q * c, times(q_t, c)
         for tile in tiles_of(q, k, mask):
             rows, keys = tile.rows, tile.keys
@@ -145,7 +139,6 @@ def attend_along(inputs: tuple, tangents: Tensors, primal: bool) -> Tensors:
             into(cut(o, rows), p, v[keys])
             into(o_t[rows], p_t, v[keys])
             into(o_t[rows], p, cut(v_t, keys))
-        return o, o_t
 
     return by_run(work, mask, where((primal, True), (qkv[0], qkv[0])), [*qkv, *tangents])
 
@@ -164,9 +157,9 @@ def differentiate_along(
     *qkv, mask, c = inputs
     six = (*(primal and need for need in needs), *needs)
 
-    def work(*run: Maybe) -> Tensors:
+    def work(results: Tensors, *run: Maybe) -> None:
+        dq, dk, dv, dq_t, dk_t, dv_t = results
         q, k, v, q_t, k_t, v_t, o, o_t, do, do_t = run
-        dq, dk, dv, dq_t, dk_t, dv_t = results = zeros_where(six, q, k, v, q, k, v)
         delta, delta_t = rowsum(do, o), add(rowsum(do_t, o), rowsum(do, o_t))
         q, q_t = q * c, times(q_t, c)
         for tile in tiles_of(q, k, mask):
@@ -192,7 +185,6 @@ def differentiate_along(
             into(cut(dk, keys), ds.mT, q_b)
             into(cut(dk_t, keys), ds.mT, q_tb)
             into(cut(dk_t, keys), ds_t.mT, q_b)
-        return results
 
     return by_run(work, mask, where(six, (*qkv, *qkv)), [*qkv, *tangents, o, o_t, do, do_t])
 
