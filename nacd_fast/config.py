@@ -30,8 +30,8 @@ class ModelConfig:
     """LoRA rank R."""
     lora_alpha: float = 32.0
     """LoRA scaling numerator: the adapters' output is multiplied by lora_alpha / rank."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
-    """Names of the linear layers that get adapters; names that the model lacks are passed over."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "c_attn", "attn.c_proj")
+    """Ends of the names of the linear layers that get adapters; those that the model lacks are passed over."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:0`, ...; `auto` takes a GPU where there is one."""
 

@@ -24,7 +24,7 @@ from .artifacts import folder_digest, open_stage, write_atomic
 from .config import ModelConfig
 from .data import Example, count_sources, digest
 from .errors import InputError
-from .student import load_model, model_digest
+from .student import embedding_table, load_model, model_digest
 
 CARD = """---
 configs:
@@ -94,7 +94,7 @@ def run(folder: Path, model: ModelConfig, examples: Sequence[Example], matched: 
         if stage.finished:
             return folder
         base, tokenizer = load_model(model.path, model.dtype, model.device)
-        ids, distances, texts = decode_prompts(prompts, base.get_input_embeddings().weight.detach(), tokenizer)
+        ids, distances, texts = decode_prompts(prompts, embedding_table(base), tokenizer)
         table = datasets.Dataset.from_list(
             [
                 {

@@ -31,7 +31,7 @@ from nacd_kernels import nearest_embedding
 
 from .artifacts import folder_digest, open_stage, read_json, write_atomic, write_json
 from .config import DataConfig, ExpertConfig, MatchConfig, ModelConfig
-from .data import Encoded, Example, collate, digest, encode_set
+from .data import Encoded, Example, Packed, digest, encode_set, pack
 from .decode import banned_ids
 from .errors import InputError, NonFiniteError
 from .experts import TRAJECTORY, steps_per_epoch, total_steps
@@ -203,10 +203,8 @@ class Matcher:
         ids: Sequence[str],
         experts: Sequence[Path],
         banned: Tensor,
-        pad_id: int,
     ):
-        self.config, self.student, self.rows, self.ids = config, student, rows, ids
-        self.banned, self.pad_id = banned, pad_id
+        self.config, self.student, self.rows, self.ids, self.banned = config, student, rows, ids, banned
         caches = Caches(CACHE_BYTES)  # one limit for all experts, however many
         self.stores = [TrajectoryStore(folder / TRAJECTORY, caches=caches) for folder in experts]
         self.segments = segments(experts, self.stores, config)
@@ -215,10 +213,9 @@ class Matcher:
         for store in self.stores:
             store.close()
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids and labels [B, T] of some kept samples, on the student's device."""
-        made = collate([self.rows[i] for i in rows.tolist()], self.pad_id)
-        return made["input_ids"].to(self.student.device), made["labels"].to(self.student.device)
+    def batch(self, rows: Tensor) -> Packed:
+        """Some kept samples with room for their prompts, on the student's device."""
+        return pack([self.rows[i] for i in rows.tolist()], self.config.prompt_tokens).to(self.student.device)
 
     def blame(self, rows: Tensor, log_alpha: Tensor) -> str:
         """The samples and the rate at which a number stopped being finite, for a message."""
@@ -250,9 +247,9 @@ class Matcher:
         used, position = drawn.to(student.device).unique(return_inverse=True)
         prompts = learned.prompts[used].requires_grad_()
         log_alpha = learned.log_alpha.clone().requires_grad_()
-        inputs = [(prompts[position[n]], *self.batch(drawn[n])) for n in range(config.inner_steps)]
+        inputs = [(prompts[position[n]], self.batch(drawn[n])) for n in range(config.inner_steps)]
 
-        def inner_loss(theta: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        def inner_loss(theta: Tensor, batch: tuple[Tensor, Packed]) -> Tensor:
             return student.loss(student.unflatten(theta), *batch)
 
         try:
@@ -316,7 +313,7 @@ def prepare(
     check_lengths(ids, rows, [config.prompt_tokens] * len(rows), max_positions(base))
     student = Student(add_lora(base, model, seed=0), checkpointing=config.checkpointing)
     banned = banned_ids(tokenizer, student.embedding.shape[0]).to(student.device)
-    matcher = Matcher(config, student, rows, ids, experts, banned, tokenizer.pad_token_id or 0)
+    matcher = Matcher(config, student, rows, ids, experts, banned)
     student.flatten(matcher.stores[0].read(matcher.segments[0].start))  # the adapters fit the model
     return matcher, (~banned).nonzero().squeeze(-1)
 

@@ -1,59 +1,39 @@
 """The student: a Hugging Face causal LM with LoRA adapters (peft), as a function that can be differentiated twice.
 
 `load_model`, `add_lora` and `adapter_state` serve every stage. `Student` is for the matching: its `loss` is a pure
-function of the adapters and the prompts, on the ops of nacd_kernels, whose second derivatives are right where those of
-fused attention, SiLU and the norms are missing or wrong (DESIGN: one op is four functions).
+function of the adapters and the prompts, whose modules run on the ops of nacd_kernels (families.py).
 """
 
 import hashlib
 import json
 import struct
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from types import MethodType
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as PeftLoraLinear
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from nacd_kernels import (
-    flash_attention,
-    frozen_linear,
-    layer_norm,
-    linear_cross_entropy,
-    lora_linear,
-    relu,
-    rms_norm,
-    silu_mul,
-)
+from nacd_kernels import linear_cross_entropy
 
 from .artifacts import file_digest
 from .config import ModelConfig
-from .data import IGNORE
+from .data import Packed
 from .errors import InputError
+from .families import ADAPTER, DROPOUTS, family_of, full_name, use_twice_differentiable_ops
 from .rows import first_line as first_line
 
 DEMO = {"demo": "model", "demo-sibling": "sibling"}
 MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".gguf")
-FAMILIES = ("llama", "opt")
-ADAPTER = "default"
 LOAD_ERRORS = (  # what transformers and the readers below it raise on a broken model folder
     OSError,
     ValueError,
@@ -155,16 +135,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
-            for name in (
-                "dropout",
-                "attention_dropout",
-                "activation_dropout",
-                "layerdrop",
-                "hidden_dropout",
-                "resid_pdrop",
-                "embd_pdrop",
-                "attn_pdrop",
-            ):
+            for name in DROPOUTS:
                 if isinstance(getattr(holder, name, None), float):
                     setattr(holder, name, 0.0)
 
@@ -174,11 +145,12 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> PeftMode
 
     float32, B = 0, A Kaiming-uniform drawn from `seed`. Raises InputError if the model has none of these layers.
     """
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    targets = sorted(names & set(config.targets))
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    targets = sorted(t for t in config.targets if any(f".{name}".endswith(f".{t}") for name in linear))
     if not targets:
+        names = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise InputError(
-            f"model.targets={list(config.targets)}: {config.path} has none of these linear layers, only {sorted(names)}"
+            f"model.targets={list(config.targets)}: {config.path} has none of these linear layers, only {names}"
         )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # notices of libraries to libraries
@@ -189,6 +161,7 @@ def add_lora(model: PreTrainedModel, config: ModelConfig, seed: int) -> PeftMode
             target_modules=targets,
             lora_dropout=0.0,
             bias="none",
+            fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),  # peft corrects it layer by layer
             task_type="CAUSAL_LM",
         )
         device = model.device
@@ -226,6 +199,15 @@ def check_same_adapters(mine: Mapping[str, torch.Size], other: Mapping[str, torc
             )
 
 
+def embedding_table(model: PreTrainedModel) -> Tensor:
+    """What the decoder reads for each token of the vocabulary [V, D]; Gemma scales the weight that it stores."""
+    layer: Any = model.get_input_embeddings()
+    if type(layer) is nn.Embedding:
+        return layer.weight.detach()
+    with torch.no_grad():
+        return layer(torch.arange(layer.num_embeddings, device=layer.weight.device))
+
+
 def max_positions(model: PreTrainedModel | PeftModel) -> int:
     """Longest sequence the model takes."""
     return int(getattr(model.config, "max_position_embeddings", 2**31 - 1))
@@ -242,41 +224,33 @@ class Student:
 
     def __init__(self, model: PeftModel, *, checkpointing: bool = False):
         base = model.get_base_model()
-        if base.config.model_type not in FAMILIES:
-            raise InputError(f"model type {base.config.model_type!r}: matching knows {', '.join(FAMILIES)}")
+        family = family_of(base)
         self.model, self.base = model, base
         self.backbone: nn.Module = base.get_decoder()
         self.shapes = {name: p.shape for name, p in adapter_parameters(model).items()}
-        self.lora_layers = {
-            name: module for name, module in model.named_modules() if isinstance(module, PeftLoraLinear)
-        }
+        self.lora_layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
         self._check_layers()
-        use_twice_differentiable_ops(base)
-        if checkpointing:
-            for layer in self.backbone.layers:
-                layer.forward = MethodType(_checkpointed_forward, layer)
+        use_twice_differentiable_ops(base, family, checkpointing=checkpointing)
         base.eval()
+        self.embedding = embedding_table(base)
+        """The vocabulary embedding table [V, D], in the space of the prompts."""
+        self.head: Any = base.get_output_embeddings()
+        self.softcap: float | None = getattr(base.config, family.softcap) if family.softcap else None
 
     def _check_layers(self) -> None:
-        """`loss` runs the decoder's adapters only, and takes of the head nothing but the weight."""
+        """`loss` runs the decoder's adapters only, and a head that is one linear layer."""
         inside = set(self.backbone.modules())
         for name, layer in self.lora_layers.items():
             if layer not in inside:
                 name = name.removeprefix("base_model.model.")
                 raise InputError(f"model.targets: {name} is outside the decoder, where matching learns no adapters")
-        if getattr(self.base.get_output_embeddings(), "bias", None) is not None:
-            raise InputError(
-                f"model type {self.base.config.model_type!r}: its output head has a bias, unknown to matching"
-            )
+        head = type(self.base.get_output_embeddings())
+        if head is not nn.Linear:
+            raise InputError(f"the output head is a {full_name(head)}: matching knows a linear layer only")
 
     @property
     def device(self) -> torch.device:
         return self.embedding.device
-
-    @property
-    def embedding(self) -> Tensor:
-        """The vocabulary embedding table [V, D]."""
-        return self.base.get_input_embeddings().weight.detach()
 
     def flatten(self, state: Mapping[str, Tensor]) -> Tensor:
         """Adapters by name -> one float32 vector theta [P] on the student's device."""
@@ -288,103 +262,29 @@ class Student:
         pieces = theta.split([shape.numel() for shape in self.shapes.values()])
         return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
 
-    def loss(self, adapters: Mapping[str, Tensor], prompts: Tensor | None, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy over the supervised tokens of the batch.
-
-        adapters: by the names of `shapes`; prompts [B, k, D] stand in front of the embedded sample, or None; input_ids,
-        labels [B, T], right-padded, labels IGNORE where unsupervised (padding needs no mask: attention is causal).
-        """
-        x = torch.nn.functional.embedding(input_ids, self.embedding)
+    def hidden(self, adapters: Mapping[str, Tensor], prompts: Tensor | None, batch: Packed) -> Tensor:
+        """The decoder's last hidden states of a packed batch [P, D]; arguments as in `loss`."""
+        given = 0 if prompts is None else prompts.shape[0] * prompts.shape[1]
+        if given != len(batch.prompt_places):
+            raise ValueError(f"{given} prompt tokens for a batch packed with room for {len(batch.prompt_places)}")
+        x = torch.nn.functional.embedding(batch.input_ids, self.embedding)
         if prompts is not None:
-            x = torch.cat([prompts.to(x.dtype), x], 1)
-            labels = torch.nn.functional.pad(labels, (prompts.shape[1], 0), value=IGNORE)
+            x = x.index_copy(0, batch.prompt_places, prompts.to(x.dtype).flatten(0, 1))
         for name, layer in self.lora_layers.items():
             layer.factors = adapters[f"{name}.lora_A.{ADAPTER}.weight"], adapters[f"{name}.lora_B.{ADAPTER}.weight"]
-        hidden = self.backbone(inputs_embeds=x, use_cache=False).last_hidden_state
-        vocabulary = self.base.get_output_embeddings().weight.detach()
-        return linear_cross_entropy(hidden[:, :-1].reshape(-1, hidden.shape[-1]), vocabulary, labels[:, 1:].reshape(-1))
+        return self.backbone(
+            inputs_embeds=x[None],
+            position_ids=batch.position_ids[None],
+            cu_seqlens=batch.cu_seqlens,
+            use_cache=False,
+        ).last_hidden_state[0]
 
+    def loss(self, adapters: Mapping[str, Tensor], prompts: Tensor | None, batch: Packed) -> Tensor:
+        """Mean cross-entropy over the supervised tokens of a packed batch.
 
-def use_twice_differentiable_ops(model: PreTrainedModel) -> None:
-    """Swap the ops in, module by module; everything else in these families is differentiable twice as it is."""
-    for name, module in model.named_modules():
-        forward = _forward_of(name, module)
-        if forward is not None:
-            module.forward = MethodType(forward, module)
-    model.set_attn_implementation(ATTENTION)
-
-
-def _forward_of(name: str, module: Any) -> Callable[..., Tensor] | None:
-    """What a module's forward becomes; None where it stays."""
-    if isinstance(module, PeftLoraLinear):
-        return _lora_forward
-    if type(module) is nn.Linear and ".lora_" not in name:
-        return _linear_forward
-    if isinstance(module, nn.ReLU):
-        return _relu_forward
-    if isinstance(module, LlamaRMSNorm):
-        return _rms_norm_forward
-    if isinstance(module, nn.LayerNorm):
-        return _layer_norm_forward
-    if isinstance(module, LlamaMLP):
-        act = module.config.hidden_act
-        if act not in ("silu", "swish"):
-            raise InputError(f"{name}: hidden_act={act!r}: the gated MLP has a second derivative for silu only")
-        return _gated_mlp_forward
-    return None
-
-
-def _lora_forward(layer: Any, x: Tensor) -> Tensor:
-    a, b = layer.factors
-    return lora_linear(x, layer.base_layer.weight, layer.base_layer.bias, a, b, layer.scaling[ADAPTER])
-
-
-def _checkpointed_forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """A decoder layer that is recomputed in the backward pass with the factors it had in the forward pass."""
-    factors = [(module, module.factors) for module in layer.modules() if isinstance(module, PeftLoraLinear)]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        for module, value in factors:
-            module.factors = value
-        return type(layer).forward(layer, *args, **kwargs)
-
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _linear_forward(linear: Any, x: Tensor) -> Tensor:
-    return frozen_linear(x, linear.weight, linear.bias)
-
-
-def _relu_forward(module: Any, x: Tensor) -> Tensor:
-    return relu(x)
-
-
-def _rms_norm_forward(norm: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, norm.weight, norm.variance_epsilon)
-
-
-def _layer_norm_forward(norm: Any, x: Tensor) -> Tensor:
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)
-
-
-def _gated_mlp_forward(mlp: Any, x: Tensor) -> Tensor:
-    return mlp.down_proj(silu_mul(mlp.gate_proj(x), mlp.up_proj(x)))
-
-
-ATTENTION = "nacd_causal"  # transformers takes a name with "flash" for one of its own
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface; [B, H, T, d] in, [B, T, H, d] out."""
-    return flash_attention(query, key, value, scaling).transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, _attention)  # registers no mask function: transformers then makes no mask
+        adapters: by the names of `shapes`; prompts [B, k, D] stand in front of the embedded samples: as many as the
+        batch was packed for, None for k = 0.
+        """
+        weight, bias = self.head.weight, self.head.bias
+        hidden = self.hidden(adapters, prompts, batch)
+        return linear_cross_entropy(hidden, weight, batch.targets, bias=bias, softcap=self.softcap)

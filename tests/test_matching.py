@@ -61,7 +61,7 @@ def test_one_iteration_is_algorithm_1(model: ModelConfig, expert: Path) -> None:
     )
     theta, distance = start.clone().requires_grad_(), torch.zeros(())
     for rows in drawn:
-        loss = student.loss(student.unflatten(theta), prompts[rows], *matcher.batch(rows))
+        loss = student.loss(student.unflatten(theta), prompts[rows], matcher.batch(rows))
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - log_alpha.exp() * gradient
         table = student.embedding[~matcher.banned]

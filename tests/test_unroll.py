@@ -1,105 +1,31 @@
 """The flat hypergradient against a create_graph unroll of independent, plain PyTorch models."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nacd_fast.config import ModelConfig
+from nacd_fast.data import Encoded, pack
 from nacd_fast.errors import NonFiniteError
-from nacd_fast.student import Student, add_lora
+from nacd_fast.student import Student
 from nacd_fast.unroll import SGD, AdamW, Update, unrolled_sgd
-
-SIZES = dict(
-    vocab_size=29,
-    max_position_embeddings=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    hidden_size=16,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+from tests.oracle import make_rows, pair, plain_loss, random_prompts, random_theta
 
 
-def llama() -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=24, tie_word_embeddings=True))
+def build(name: str, dtype: torch.dtype, checkpointing: bool = False) -> tuple[Student, Any]:
+    """A student with adapters on its attention only, and the oracle."""
+    return pair(name, dtype, checkpointing=checkpointing, targets=ModelConfig().targets)
 
 
-def opt() -> PreTrainedModel:
-    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0))
-
-
-def plain_attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **kwargs: object
-) -> tuple[Tensor, None]:
-    """Eager attention whose softmax stays in the model's own precision."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    s = (q @ k.mT * scaling).masked_fill(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1), -torch.inf)
-    return (s.softmax(-1) @ v).transpose(1, 2), None
-
-
-AttentionInterface.register("plain_test_attention", plain_attention)
-
-
-@pytest.fixture
-def plain_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers' RMSNorm computes in float32 whatever the model; the reference must not."""
-
-    def forward(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
-        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-    yield
-
-
-def build(
-    make: Callable[[], PreTrainedModel], dtype: torch.dtype, checkpointing: bool = False
-) -> tuple[Student, Callable]:
-    """A student, and the same loss from an untouched copy of the model."""
-    torch.manual_seed(0)
-    config = ModelConfig(rank=3, lora_alpha=6.0)
-    weights = make().to(dtype).state_dict()
-    models = []
-    for _ in range(2):
-        model = make().to(dtype).eval().requires_grad_(False)
-        model.load_state_dict(weights)
-        models.append(add_lora(model, config, seed=1).to(dtype))
-    student, plain = Student(models[0], checkpointing=checkpointing), models[1]
-    plain.get_base_model().set_attn_implementation("plain_test_attention")
-
-    def plain_loss(adapters: dict[str, Tensor], prompts: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-        x = torch.cat([prompts, plain.get_base_model().get_input_embeddings()(ids)], 1)
-        logits = torch.func.functional_call(plain, adapters, kwargs={"inputs_embeds": x, "use_cache": False}).logits
-        labels = nn.functional.pad(labels, (prompts.shape[1], 0), value=-100)
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-    return student, plain_loss
-
-
-def batches(steps: int, dtype: torch.dtype) -> tuple[Tensor, list[tuple]]:
-    """Prompts of 5 samples, and for every step three of them (some samples in several steps) with their tokens."""
+def batches(steps: int) -> list[tuple[list[int], list[Encoded]]]:
+    """For every step three of five samples, some in several steps: their numbers, and they."""
+    rows = make_rows([(3, 4), (3, 4), (3, 2), (2, 5), (4, 3)])
     g = torch.Generator().manual_seed(2)
-    prompts = (0.1 * torch.randn(5, 2, 16, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
-    ids = torch.randint(3, 29, (5, 7), generator=g)
-    labels = ids.clone()
-    labels[:, :3] = -100
-    labels[2, 5:] = -100
-    picks = [torch.randperm(5, generator=g)[:3] for _ in range(steps)]
-    return prompts, [(rows, ids[rows], labels[rows]) for rows in picks]
-
-
-def theta_of(student: Student, dtype: torch.dtype) -> Tensor:
-    size = sum(shape.numel() for shape in student.shapes.values())
-    return (
-        (0.1 * torch.randn(size, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
-        .to(dtype)
-        .requires_grad_()
-    )
+    picks = [torch.randperm(5, generator=g)[:3].tolist() for _ in range(steps)]
+    return [(chosen, [rows[i] for i in chosen]) for chosen in picks]
 
 
 def reference_step(update: Update, theta: Tensor, state: list, grad: Tensor, lr: Tensor, n: int) -> Tensor:
@@ -136,27 +62,26 @@ UPDATES: dict[str, Update] = {
 
 
 def hypergradients(
-    student: Student, plain_loss: Callable, steps: int, update: Update, dtype: torch.dtype
+    student: Student, plain: Any, steps: int, update: Update, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(theta_N, and d/d(prompts, alpha, theta_0) of a loss on it) by our sweep and by a create_graph unroll."""
-    prompts, data = batches(steps, dtype)
+    prompts, data = random_prompts(student, 5, 2, dtype), batches(steps)
     rate = 0.002 if isinstance(update, AdamW) else 0.05
     results = []
     for flat in (True, False):
-        theta0, alpha = theta_of(student, dtype), torch.tensor(rate, dtype=dtype, requires_grad=True)
+        theta0, alpha = random_theta(student, dtype), torch.tensor(rate, dtype=dtype, requires_grad=True)
         target = torch.linspace(-1, 1, theta0.numel(), dtype=dtype)
         if flat:
-            inputs = [(prompts[rows], ids, labels) for rows, ids, labels in data]
+            inputs = [(prompts[chosen], pack(rows, 2)) for chosen, rows in data]
             theta = unrolled_sgd(
                 lambda p, b: student.loss(student.unflatten(p), *b), theta0, alpha, inputs, update=update
             )
         else:
             theta = theta0
             state: list[Tensor] = []
-            for n, (rows, ids, labels) in enumerate(data):
-                (grad,) = torch.autograd.grad(
-                    plain_loss(student.unflatten(theta), prompts[rows], ids, labels), theta, create_graph=True
-                )
+            for n, (chosen, rows) in enumerate(data):
+                inner = plain_loss(plain, student.unflatten(theta), prompts[chosen], rows)
+                (grad,) = torch.autograd.grad(inner, theta, create_graph=True)
                 theta = reference_step(update, theta, state, grad, alpha, n)
         loss = ((theta - target) ** 2).sum() / ((theta0.detach() - target) ** 2).sum()
         results.append([theta.detach(), *torch.autograd.grad(loss, (prompts, alpha, theta0))])
@@ -169,28 +94,26 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("steps", [1, 2, 6, 16])
-@pytest.mark.parametrize("make", [llama, opt])
+@pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_equals_create_graph(
-    make: Callable, steps: int, update: str, dtype: torch.dtype, limit: float, plain_norms: None
-) -> None:
+def test_equals_create_graph(family: str, steps: int, update: str, dtype: torch.dtype, limit: float) -> None:
     """In float32 a ReLU may flip where two correct programs round differently; at these seeds none does."""
-    student, plain = build(make, dtype)
+    student, plain = build(family, dtype)
     for ours, theirs in zip(*hypergradients(student, plain, steps, UPDATES[update], dtype), strict=True):
         assert relative(ours, theirs) <= limit
 
 
-@pytest.mark.parametrize("make", [llama, opt])
-def test_equals_create_graph_with_adamw_as_it_comes(make: Callable, plain_norms: None) -> None:
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_equals_create_graph_with_adamw_as_it_comes(family: str) -> None:
     """At eps = 1e-8 too, where only float64 carries the comparison."""
-    student, plain = build(make, torch.float64)
+    student, plain = build(family, torch.float64)
     for ours, theirs in zip(*hypergradients(student, plain, 6, AdamW(), torch.float64), strict=True):
         assert relative(ours, theirs) <= 1e-9
 
 
-@pytest.mark.parametrize("make", [llama, opt])
-def test_checkpointing_changes_nothing(make: Callable, plain_norms: None) -> None:
-    student, plain = build(make, torch.float64, checkpointing=True)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_checkpointing_changes_nothing(family: str) -> None:
+    student, plain = build(family, torch.float64, checkpointing=True)
     calls: list[None] = []
     layers: Any = student.backbone.layers
     layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(None))
@@ -254,7 +177,7 @@ def test_only_theta_is_kept_for_sgd() -> None:
     node = out["w"].grad_fn
     while not hasattr(node, "kept"):
         node = node.next_functions[0][0]
-    assert [kept[1:] for kept in node.kept] == [((), None)] * 4 and seen == [0, 1, 2, 3]
+    assert [kept[1:] for kept in node.kept] == [((), None, None)] * 4 and seen == [0, 1, 2, 3]
 
 
 def test_non_finite_loss_names_its_step() -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from nacd_fast.artifacts import file_digest
 from nacd_fast.data import Example
@@ -35,6 +43,18 @@ def make_model(folder: Path, family: str = "llama", scale: float = 0.2) -> str:
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=POSITIONS,
+                initializer_range=scale,
+            )
+        )
+    elif family == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer),
+                n_embd=WIDTH,
+                n_inner=48,
+                n_layer=2,
+                n_head=4,
+                n_positions=POSITIONS,
                 initializer_range=scale,
             )
         )
