@@ -1,10 +1,10 @@
 """The language-model loss from hidden states, without ever storing the logits whole; twice differentiable in h.
 
-    loss = 1/n sum over the n supervised i of  logsumexp(z_i) - z_i[label_i],   z = cap tanh(s / cap) or s,   s = h W^T + bias
+    s = h W^T + bias    z = s, or cap tanh(s / cap)    loss = mean over supervised i of logsumexp(z_i) - z_i[label_i]
 
 Only rows with label != -100 reach the vocabulary product, in chunks. As in Liger's fused_linear_cross_entropy the
-forward pass already forms the gradient u of a unit cotangent. With P = softmax(z), g = dz/ds (1 without a cap) and
-t = tanh(s / cap):
+forward pass already forms the gradient u of a unit cotangent. With P = softmax(z), g = dz/ds (1 without a cap),
+t = tanh(s / cap) and n supervised rows:
 
     u = ((P - onehot) o g) W / n         dh = dl u         loss' = <u, h'>         dh' = dl' u + dl u'
     u' = (P' o g + (P - onehot) o g') W / n,    P' = P o (z' - <P, z'>),   z' = g o (h' W^T)
@@ -134,7 +134,7 @@ def project_(out: Tensor, g: Tensor, w: Tensor, n: int) -> None:
 def forward(
     h: Tensor, w: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, retain: bool, wanted: bool
 ) -> tuple[Tensor, Tensors]:
-    """wanted: whether a gradient is. Statistics: u [M, D], and what `retain` keeps: P [m, V], or s where it is capped."""
+    """wanted: whether a gradient is. Statistics: u [M, D] and, where it is retained, P [n, V]; with a cap s instead."""
     keep = supervised(labels)
     n = max(keep.numel(), 1)
     hk = take(h, keep)
@@ -228,7 +228,7 @@ def backward_jvp(
     needs: tuple[bool, ...],
 ) -> Tensors:
     unit, unit_t = stats[0], stats_t[0]
-    dx = add(times(unit, dy_t), times(unit_t, dy))
+    dx = add(times(wide(unit), dy_t), None if unit_t is None else wide(unit_t) * dy)
     return (None if dx is None else dx.to(unit.dtype),)
 
 
