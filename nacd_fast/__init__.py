@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .unroll import SGD, AdamW, unrolled_sgd
+    from .unroll import unrolled_sgd
+    from .updates import SGD, AdamW
 
 __version__ = "0.1.0"
 __all__ = ["SGD", "AdamW", "__version__", "unrolled_sgd"]
 
-_MODULE_OF = {"unrolled_sgd": "unroll", "SGD": "unroll", "AdamW": "unroll"}
+_MODULE_OF = {"unrolled_sgd": "unroll", "SGD": "updates", "AdamW": "updates"}
 
 
 def __getattr__(name: str) -> Any:

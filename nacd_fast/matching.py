@@ -42,7 +42,8 @@ from .store.prefetch import Prefetch
 from .store.reader import CACHE_BYTES
 from .student import Student, add_lora, load_model, max_positions, model_digest
 from .training import check_batch, check_lengths, data_settings, model_settings
-from .unroll import SGD, AdamW, Update, unrolled_sgd
+from .unroll import unrolled_sgd
+from .updates import SGD, AdamW, Update
 
 UPDATES: dict[str, Update] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW()}
 BETAS, EPS = (0.9, 0.999), 1e-8

@@ -11,7 +11,8 @@ from nacd_fast.config import ModelConfig
 from nacd_fast.data import Encoded, pack
 from nacd_fast.errors import NonFiniteError
 from nacd_fast.student import Student
-from nacd_fast.unroll import SGD, AdamW, Update, unrolled_sgd
+from nacd_fast.unroll import unrolled_sgd
+from nacd_fast.updates import SGD, AdamW, Update
 from tests.oracle import make_rows, pair, plain_loss, random_prompts, random_theta
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nacd_fast.unroll import SGD, AdamW, Update, unrolled_sgd
+from nacd_fast.unroll import unrolled_sgd
+from nacd_fast.updates import SGD, AdamW, Update
 from nacd_kernels import rms_norm, silu_mul
 
 UPDATES: dict[str, Update] = {"sgd": SGD(), "nesterov": SGD(momentum=0.8, nesterov=True), "adamw": AdamW(eps=1e-4)}

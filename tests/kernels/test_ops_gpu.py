@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nacd_fast.unroll import SGD, unrolled_sgd
+from nacd_fast.unroll import unrolled_sgd
+from nacd_fast.updates import SGD
 from tests.kernels import test_ops as on_cpu
 
 pytestmark = pytest.mark.gpu
