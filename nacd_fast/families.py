@@ -4,21 +4,16 @@ PyTorch's fused attention, SiLU and norms have missing or wrong second derivativ
 looked up by its exact class: it runs on an op of nacd_kernels (OPS, a family's `ops`), or it is known to be right twice
 as it is (AS_IT_IS, a family's `as_it_is`). Anything else is an InputError that names the module, as is an option of a
 config that the ops do not honour: never a silently wrong derivative.
-
-B samples, H heads, T tokens, d head width, D hidden, R LoRA rank.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from types import MethodType
 from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
@@ -30,22 +25,24 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.smollm3 import modeling_smollm3 as smollm3
 from transformers.pytorch_utils import Conv1D
 
-from nacd_kernels import (
-    flash_attention,
-    frozen_linear,
-    gelu,
-    gelu_mul,
-    layer_norm,
-    lora_linear,
-    relu,
-    rms_norm,
-    silu_mul,
+from .errors import InputError
+from .forwards import (
+    ADAPTER,
+    ATTENTION,
+    GATES,
+    GELUS,
+    Forward,
+    checkpointed_forward,
+    gated_mlp_forward,
+    gelu_forward,
+    gemma_norm_forward,
+    layer_norm_forward,
+    linear_forward,
+    lora_forward,
+    relu_forward,
+    rms_norm_forward,
 )
 
-from .errors import InputError
-
-ADAPTER = "default"
-ATTENTION = "nacd_causal"  # transformers takes a name with "flash" for one of its own
 DROPOUTS = (  # config fields and attributes that hold a probability
     "dropout",
     "attention_dropout",
@@ -58,99 +55,9 @@ DROPOUTS = (  # config fields and attributes that hold a probability
 )
 ROPES = ("default", "linear", "llama3", "yarn")  # the others depend on the longest sample of the batch
 
-Forward = Callable[..., Any]  # (module, *its arguments) -> its result
-
-
-# --- what a module's forward becomes --------------------------------------------------------------------------------
-
-
-def weight_of(linear: Any) -> Tensor:
-    """[D_out, D_in]; GPT-2's Conv1D holds it transposed."""
-    return linear.weight.T if type(linear) is Conv1D else linear.weight
-
-
-def linear_forward(linear: Any, x: Tensor) -> Tensor:
-    return frozen_linear(x, weight_of(linear), linear.bias)
-
-
-def lora_forward(layer: Any, x: Tensor) -> Tensor:
-    """The factors are those that `Student` put there for this call: (A [R, D_in], B [D_out, R])."""
-    a, b = layer.factors
-    return lora_linear(x, weight_of(layer.base_layer), layer.base_layer.bias, a, b, layer.scaling[ADAPTER])
-
-
-def relu_forward(module: Any, x: Tensor) -> Tensor:
-    return relu(x)
-
-
-def gelu_forward(module: Any, x: Tensor) -> Tensor:
-    return gelu(x, GELUS[type(module)])
-
-
-def layer_norm_forward(norm: Any, x: Tensor) -> Tensor:
-    return layer_norm(x, norm.weight, norm.bias, norm.eps)
-
-
-def rms_norm_forward(norm: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, norm.weight, norm.variance_epsilon)
-
-
-def gemma_norm_forward(norm: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, norm.weight, norm.eps, offset=1.0)
-
-
-def gated_mlp_forward(mlp: Any, x: Tensor) -> Tensor:
-    return mlp.down_proj(GATES[type(mlp.act_fn)](mlp.gate_proj(x), mlp.up_proj(x)))
-
-
-def attention_forward(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    cu_seqlens: list[int] | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface; [B, H, T, d] in, [B, T, H, d] out.
-
-    cu_seqlens: the borders of the samples in a packed row. What else a family passes must be nothing, or not matter.
-    """
-    options |= {"attention_mask": attention_mask, "dropout": dropout or None}
-    for name, given in options.items():
-        if given is not None and name not in ("position_ids", "use_cache"):
-            raise InputError(f"{type(module).__name__} passes {name} to its attention, which matching does not know")
-    out = flash_attention(query, key, value, scaling, cu_seqlens=cu_seqlens, window=sliding_window, softcap=softcap)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, attention_forward)  # registers no mask function: transformers makes no mask
-
-
-def checkpointed_forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """A decoder layer that is recomputed in the backward pass with the factors it had in the forward pass."""
-    factors = [(module, module.factors) for module in layer.modules() if isinstance(module, LoraLinear)]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        for module, value in factors:
-            module.factors = value
-        return type(layer).forward(layer, *args, **kwargs)
-
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
 
 # --- the tables -----------------------------------------------------------------------------------------------------
 
-GELUS = {GELUActivation: "none", NewGELUActivation: "tanh", GELUTanh: "tanh"}
-GATES: Mapping[type, Callable[[Tensor, Tensor], Tensor]] = {
-    SiLUActivation: silu_mul,
-    nn.SiLU: silu_mul,
-    **{kind: partial(gelu_mul, approximate=approximate) for kind, approximate in GELUS.items()},
-}
 OPS: Mapping[type, Forward] = {
     nn.Linear: linear_forward,
     Conv1D: linear_forward,

@@ -29,7 +29,8 @@ from .artifacts import file_digest
 from .config import ModelConfig
 from .data import Packed
 from .errors import InputError
-from .families import ADAPTER, DROPOUTS, family_of, full_name, use_twice_differentiable_ops
+from .families import DROPOUTS, family_of, full_name, use_twice_differentiable_ops
+from .forwards import ADAPTER
 from .rows import first_line as first_line
 
 DEMO = {"demo": "model", "demo-sibling": "sibling"}
@@ -279,12 +280,14 @@ class Student:
             use_cache=False,
         ).last_hidden_state[0]
 
-    def loss(self, adapters: Mapping[str, Tensor], prompts: Tensor | None, batch: Packed) -> Tensor:
+    def loss(
+        self, adapters: Mapping[str, Tensor], prompts: Tensor | None, batch: Packed, *, retain: bool = False
+    ) -> Tensor:
         """Mean cross-entropy over the supervised tokens of a packed batch.
 
         adapters: by the names of `shapes`; prompts [B, k, D] stand in front of the embedded samples: as many as the
-        batch was packed for, None for k = 0.
+        batch was packed for, None for k = 0. retain: keep the logits where the graph is kept (`linear_cross_entropy`).
         """
         weight, bias = self.head.weight, self.head.bias
         hidden = self.hidden(adapters, prompts, batch)
-        return linear_cross_entropy(hidden, weight, batch.targets, bias=bias, softcap=self.softcap)
+        return linear_cross_entropy(hidden, weight, batch.targets, bias=bias, softcap=self.softcap, retain=retain)

@@ -63,7 +63,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         hf.Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
     ),
     "gemma3": lambda: hf.Gemma3ForCausalLM(
-        hf.Gemma3TextConfig(**GEMMA, final_logit_softcapping=3.0, rope_parameters=ROPE_2)
+        hf.Gemma3TextConfig(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, rope_parameters=ROPE_2)
     ),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "gpt2, scaled by layer": lambda: hf.GPT2LMHeadModel(

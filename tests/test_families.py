@@ -9,9 +9,10 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from nacd_fast.data import Encoded, pack
+from nacd_fast.data import Encoded, Packed, pack
 from nacd_fast.errors import InputError
-from nacd_fast.families import ATTENTION, FAMILIES, attention_forward
+from nacd_fast.families import FAMILIES
+from nacd_fast.forwards import ATTENTION, attention_forward
 from nacd_fast.student import Student
 from nacd_fast.unroll import unrolled_sgd
 from tests.oracle import (
@@ -86,9 +87,11 @@ def test_hypergradient_equals_create_graph(name: str, checkpointing: bool, retai
         target = torch.linspace(-1, 1, theta0.numel(), dtype=torch.float64)
         if flat:
             inputs = [(prompts[rows], pack([ROWS[i] for i in rows], 2)) for rows in picks]
-            theta = unrolled_sgd(
-                lambda p, b: student.loss(student.unflatten(p), *b), theta0, alpha, inputs, retain=retain
-            )
+
+            def inner_loss(p: Tensor, b: tuple[Tensor, Packed]) -> Tensor:
+                return student.loss(student.unflatten(p), *b, retain=retain > 0)
+
+            theta = unrolled_sgd(inner_loss, theta0, alpha, inputs, retain=retain)
         else:
             theta = theta0
             for rows in picks:
@@ -114,6 +117,17 @@ def test_packed_equals_one_by_one(name: str) -> None:
     for packed, single, plainly in zip(*results, strict=True):
         assert relative(packed, single) <= 1e-12
         assert relative(packed, plainly) <= 1e-10
+
+
+@pytest.mark.parametrize(("name", "targets"), [("llama", ["q_proj", "up_proj"]), ("gpt2", ["c_fc"])])
+def test_layers_may_lack_adapters(name: str, targets: list[str]) -> None:
+    student, plain = pair(name, torch.float64, targets=targets)
+    prompts, theta = random_prompts(student, 5, 2, torch.float64), random_theta(student, torch.float64)
+    ours = student.loss(student.unflatten(theta), prompts, pack(ROWS, 2))
+    theirs = plain_loss(plain, student.unflatten(theta), prompts, ROWS)
+    assert relative(ours, theirs) <= 1e-12
+    for a, b in zip(*(torch.autograd.grad(loss, (theta, prompts)) for loss in (ours, theirs)), strict=True):
+        assert relative(a, b) <= 1e-10
 
 
 @pytest.mark.parametrize("name", MODELS)
