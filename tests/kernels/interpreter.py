@@ -1,7 +1,7 @@
 """What Triton's interpreter (3.6) does otherwise than a GPU, put right; imported by numerics.py.
 
-It cuts float32 off to bfloat16, where a GPU rounds to the nearest, ties to even: twice the error. And NumPy 2.4 refuses
-its way of making a loop's bound an int.
+It cuts float32 off to bfloat16, where a GPU rounds to the nearest, ties to even: twice the error. It multiplies the
+bits of bfloat16 matrices as if they were integers. And NumPy 2.4 refuses its way of making a loop's bound an int.
 """
 
 from typing import Any
@@ -18,19 +18,32 @@ def bfloat16_bits(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
+def wide(x: Any) -> Any:
+    """A handle's bfloat16 as float32; others as they are."""
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
 def put_right() -> None:
-    cast, patch = interpreter.InterpreterBuilder.cast_impl, interpreter._patch_lang_tensor
+    builder = interpreter.InterpreterBuilder
+    cast, dot, patch = builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor
 
     def rounding_cast(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             return interpreter.TensorHandle(bfloat16_bits(np.ascontiguousarray(src.data)), tl.bfloat16)
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+            return wide(src)
         return cast(self, src, dst_type)
+
+    def wide_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        return dot(self, wide(a), wide(b), d, *options)
 
     def patch_with_index(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter.InterpreterBuilder.cast_impl = rounding_cast
+    builder.cast_impl, builder.create_dot = rounding_cast, wide_dot
     interpreter._patch_lang_tensor = patch_with_index
 
 

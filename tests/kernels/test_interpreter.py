@@ -1,4 +1,4 @@
-"""Triton's interpreter, as the tests use it, rounds and loops as a GPU does."""
+"""Triton's interpreter, as the tests use it, rounds, multiplies and loops as a GPU does."""
 
 import pytest
 import torch
@@ -24,3 +24,17 @@ def test_float32_to_bfloat16_is_pytorchs_conversion() -> None:
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=DEVICE)
     to_bfloat16[(1,)](x, out, x.numel(), BLOCK=256)
     torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def square(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = BLOCK * tl.arange(0, BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.dot(x, tl.trans(x)) + x.to(tl.float32))
+
+
+def test_bfloat16_matrices_are_multiplied_as_numbers() -> None:
+    x = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    out = torch.empty(16, 16, device=DEVICE)
+    square[(1,)](x, out, BLOCK=16)
+    torch.testing.assert_close(out, x.float() @ x.float().T + x.float())
