@@ -8,9 +8,9 @@ projection P(u) = u - <u> - n <u n> (RMSNorm: no <u>):
     n' = r P(x')         m' = <x'>          r' = -r^2 <x' n>
     dx' = r P(g' - r <x' n> g - r <g n> x') - r e n           with e = <dx x'> = r (<g x'> - <g> <x'> - <g n> <x' n>)
 
-The last line is d(r P(g)) with r' and n' written out and P taken out of the three terms that have it. Only r (and m) are
-kept: n is x with a row's two numbers, which no formula needs to spell out, so a retained graph holds one tensor fewer
-a norm, and the passes are faster than with n kept (bench_norms.py).
+The last line is d(r P(g)) with r' and n' written out and P taken out of the three terms that have it. Only r (and m)
+are kept: n is x with a row's two numbers, so a retained graph holds one tensor fewer a norm, and no pass is slower for
+it.
 
 16-bit inputs are computed in float32 and rounded once, as Gemma does; transformers' Llama rounds n to 16 bits before it
 multiplies by w, so there the results differ by that rounding.
@@ -120,8 +120,7 @@ def backward_dual(
     inputs: tuple, stats: Tensors, tangents: Tensors, stats_t: Tensors, dy: Tensor, dy_t: Maybe, needs: tuple[bool, ...]
 ) -> tuple[Tensors, Tensors]:
     if tangents[0] is None:
-        dx_t = (None,) if dy_t is None else backward(inputs, stats, dy_t, needs)
-        return backward(inputs, stats, dy, needs), dx_t
+        return backward(inputs, stats, dy, needs), backward_jvp(inputs, stats, tangents, stats_t, dy, dy_t, needs)
     dx, dx_t = gradients(inputs, stats, tangents, stats_t, dy, dy_t, True)
     return (dx,), (dx_t,)
 
@@ -147,7 +146,7 @@ def rms_norm(x: Tensor, w: Tensor | None, eps: float = 1e-6, offset: float = 0.0
     """x / sqrt(mean(x^2) + eps) * (w + offset) over the last axis; twice differentiable in x.
 
     x [..., D], w [D] (frozen) or None (ones, whatever the offset). offset is 1 in Gemma. Returns x's shape and dtype.
-    Raises ValueError on a w of another size, and beyond D = 16,384 where the Triton kernels run.
+    Raises ValueError on a w of another size, and beyond D = 8,192 where the Triton kernels run.
     """
     return _norm(x, w, None, eps, offset, False)
 
@@ -156,7 +155,7 @@ def layer_norm(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float = 1e-5)
     """(x - mean(x)) / sqrt(var(x) + eps) * w + b over the last axis (biased variance); twice differentiable in x.
 
     x [..., D], w, b [D] (frozen) or None. Returns x's shape and dtype. Raises ValueError on w, b of another size, and
-    beyond D = 16,384 where the Triton kernels run.
+    beyond D = 8,192 where the Triton kernels run.
     """
     return _norm(x, w, b, eps, 0.0, True)
 
@@ -169,7 +168,11 @@ def _norm(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float, offset: flo
         check_frozen(name, t)
     inputs = (x, w, b, float(eps), float(offset), center)
     if use_triton(x):
-        from .norms_triton import norm_op  # Triton is needed only from here
+        from .norms_triton import LIMIT, norm_op  # Triton is needed only from here
 
+        check(
+            x.shape[-1] <= LIMIT,
+            f"x has {x.shape[-1]} features: the kernels take {LIMIT}; NACD_KERNELS=reference takes any",
+        )
         return norm_op(*inputs)
     return _op(*inputs)
