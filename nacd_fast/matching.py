@@ -248,13 +248,16 @@ class Matcher:
         used, position = drawn.to(student.device).unique(return_inverse=True)
         prompts = learned.prompts[used].requires_grad_()
         log_alpha = learned.log_alpha.clone().requires_grad_()
-        inputs = [(prompts[position[n]], self.batch(drawn[n])) for n in range(config.inner_steps)]
+        first_retained = config.inner_steps - config.retain_steps
+        inputs = [(prompts[position[n]], self.batch(drawn[n]), n >= first_retained) for n in range(config.inner_steps)]
 
-        def inner_loss(theta: Tensor, batch: tuple[Tensor, Packed]) -> Tensor:
-            return student.loss(student.unflatten(theta), *batch)
+        def inner_loss(theta: Tensor, step: tuple[Tensor, Packed, bool]) -> Tensor:
+            own_prompts, batch, retain = step
+            return student.loss(student.unflatten(theta), own_prompts, batch, retain=retain)
 
+        how: dict[str, Any] = dict(update=UPDATES[config.update], retain=config.retain_steps)
         try:
-            theta = unrolled_sgd(inner_loss, start, log_alpha.exp()[0], inputs, update=UPDATES[config.update])
+            theta = unrolled_sgd(inner_loss, start, log_alpha.exp()[0], inputs, **how)
         except NonFiniteError as error:
             step = error.step if error.step is not None else 0
             raise NonFiniteError(f"{error} {self.blame(drawn[step], log_alpha)}") from None

@@ -52,6 +52,7 @@ def test_defaults_are_the_papers() -> None:
         (lambda: ExpertConfig(max_steps=-1), "experts.max_steps=-1"),
         (lambda: MatchConfig(prompt_tokens=0), "match.prompt_tokens=0: must be at least 1"),
         (lambda: MatchConfig(span_steps=-1), "match.span_steps=-1"),
+        (lambda: MatchConfig(retain_steps=-1), "match.retain_steps=-1"),
         (lambda: MatchConfig(prompt_lr=0), "match.prompt_lr=0"),
         (lambda: MatchConfig(alpha=11), r"match.alpha=11: must be in \(0, alpha_max=10.0\]"),
         (lambda: MatchConfig(alpha_lr=-1), "match.alpha_lr=-1"),

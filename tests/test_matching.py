@@ -123,12 +123,13 @@ def test_matching_lowers_the_distance(model: ModelConfig, expert: Path, tmp_path
     assert len(json.loads((folder / "curve.json").read_text())) == 40
 
 
-def test_checkpointing_gives_the_same_curve(model: ModelConfig, expert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [dict(checkpointing=True), dict(retain_steps=2), dict(retain_steps=9)])
+def test_what_saves_memory_or_time_gives_the_same_curve(
+    change: dict, model: ModelConfig, expert: Path, tmp_path: Path
+) -> None:
     curves = []
-    for checkpointing in (False, True):
-        folder = matching.run(
-            tmp_path / str(checkpointing), model, DATA, replace(MATCH, checkpointing=checkpointing), KEPT, [expert], 0
-        )
+    for name, config in (("plain", MATCH), ("changed", replace(MATCH, **change))):
+        folder = matching.run(tmp_path / name, model, DATA, config, KEPT, [expert], 0)
         curves.append([row["loss"] for row in json.loads((folder / "curve.json").read_text())])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
@@ -185,7 +186,7 @@ def test_non_finite_loss_names_iteration_step_and_samples_and_keeps_the_last_sta
 
         def poisoned(matcher: matching.Matcher, learned: matching.Learned, ready: matching.Ready) -> dict[str, float]:
             if len(learned.curve) == 3:
-                patch.setattr(matcher.student, "loss", lambda p, *_: torch.nan * sum(t.sum() for t in p.values()))
+                patch.setattr(matcher.student, "loss", lambda p, *_, **__: torch.nan * sum(t.sum() for t in p.values()))
             return iterate(matcher, learned, ready)
 
         patch.setattr(matching.Matcher, "iterate", poisoned)
