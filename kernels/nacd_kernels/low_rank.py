@@ -28,23 +28,28 @@ def pair(p: Tensor, p_t: Maybe, q: Tensor, q_t: Maybe, primal: bool, scale: floa
     """
     p, p_t, q, q_t = same_type(p, p_t, q, q_t)
     wide_first = q.shape[1] <= p.shape[0]
-    first: tuple[Any, Any] = (p, p_t)
-    second: tuple[Any, Any] = (q, q_t)
+    first, second = (p, p_t), (q, q_t)
     (wide, wide_t), (thin, thin_t) = (first, second) if wide_first else (second, first)
     axis = int(wide_first)
 
     def product(wide: Tensor, thin: Tensor) -> Tensor:
         return wide @ thin if wide_first else thin @ wide
 
+    c: Maybe
+    c_t: Maybe
     if primal and thin_t is not None:
         c, c_t = product(wide, torch.cat([thin, thin_t], axis)).chunk(2, axis)
         c = c.clone(memory_format=torch.contiguous_format)
     else:
-        c, c_t = product(wide, thin) if primal else None, None if thin_t is None else product(wide, thin_t)
+        c = product(wide, thin) if primal else None
+        c_t = None if thin_t is None else product(wide, thin_t)
     if wide_t is not None:
         along_wide = product(wide_t, thin)
         c_t = along_wide if c_t is None else along_wide.add_(c_t)
-    return tuple(t if t is None or scale == 1 else t.mul_(scale) for t in (c, c_t))  # type: ignore[return-value]
+    for result in (c, c_t):
+        if result is not None and scale != 1:
+            result.mul_(scale)
+    return c, c_t
 
 
 def add_pair(
