@@ -109,11 +109,12 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; [B, H, T, d] in, [B, T, H, d] out.
 
-    cu_seqlens: the borders of the samples in a packed row. What else a family passes must be nothing, or not matter.
+    cu_seqlens: the borders of the samples in a packed row. Of what else a family passes only the positions may be
+    given, which the queries and keys have in them.
     """
     options |= {"attention_mask": attention_mask, "dropout": dropout or None}
     for name, given in options.items():
-        if given is not None and name not in ("position_ids", "use_cache"):
+        if name != "position_ids" and given is not None and given is not False:
             raise InputError(f"{type(module).__name__} passes {name} to its attention, which matching does not know")
     out = flash_attention(query, key, value, scaling, cu_seqlens=cu_seqlens, window=sliding_window, softcap=softcap)
     return out.transpose(1, 2), None
