@@ -1,7 +1,9 @@
 """What Triton's interpreter (3.6) does otherwise than a GPU, put right; imported by numerics.py.
 
 It cuts float32 off to bfloat16, where a GPU rounds to the nearest, ties to even: twice the error. It multiplies the
-bits of bfloat16 matrices as if they were integers. And NumPy 2.4 refuses its way of making a loop's bound an int.
+bits of bfloat16 matrices as if they were integers. It hands a float over as Python's, where a kernel gets a float32. NumPy
+2.4 refuses its way of making a loop's bound an int. And it patches the language anew whenever a kernel calls a function,
+which takes most of the time.
 """
 
 from typing import Any
@@ -28,6 +30,7 @@ def wide(x: Any) -> Any:
 def put_right() -> None:
     builder = interpreter.InterpreterBuilder
     cast, dot, patch = builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor
+    convert = interpreter._implicit_cvt
 
     def rounding_cast(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
@@ -43,8 +46,23 @@ def put_right() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def convert_floats_too(argument: Any) -> Any:
+        if isinstance(argument, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+        return convert(argument)
+
+    patched: set[str] = set()  # modules
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
     builder.cast_impl, builder.create_dot = rounding_cast, wide_dot
     interpreter._patch_lang_tensor = patch_with_index
+    interpreter._implicit_cvt = convert_floats_too
 
 
 put_right()
