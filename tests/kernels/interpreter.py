@@ -1,9 +1,9 @@
 """What Triton's interpreter (3.6) does otherwise than a GPU, put right; imported by numerics.py.
 
 It cuts float32 off to bfloat16, where a GPU rounds to the nearest, ties to even: twice the error. It multiplies the
-bits of bfloat16 matrices as if they were integers. It hands a float over as Python's, where a kernel gets a float32. NumPy
-2.4 refuses its way of making a loop's bound an int. And it patches the language anew whenever a kernel calls a function,
-which takes most of the time.
+bits of bfloat16 matrices as if they were integers. It hands a float over as Python's, where a kernel gets a float32.
+NumPy 2.4 refuses its way of making a loop's bound an int. And it patches the language anew whenever a kernel calls a
+function, which takes most of the time.
 """
 
 from typing import Any
