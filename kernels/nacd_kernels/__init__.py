@@ -12,12 +12,14 @@ from .lora_linear import LoraLayer, lora_linear, lora_linears
 from .nearest_embedding import nearest_embedding
 from .norms import layer_norm, rms_norm
 from .rotary import rotary_embedding
+from .second_order import check_second_order
 from .twice import bare_tangents, twice_differentiable
 
 __all__ = [
     "Int8Weight",
     "LoraLayer",
     "bare_tangents",
+    "check_second_order",
     "flash_attention",
     "frozen_linear",
     "gelu",
