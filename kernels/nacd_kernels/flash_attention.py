@@ -152,13 +152,14 @@ def differentiate_along(
     do_t: Maybe,
     needs: tuple[bool, ...],
     primal: bool,
+    result: bool = False,
 ) -> Tensors:
-    """dQ, dK, dV (if primal) and dQ', dK', dV', in one pass; None where not needed."""
+    """dQ, dK, dV (if primal), dQ', dK', dV', and O' (if `result`; else it is o_t), in one pass; None if not needed."""
     *qkv, mask, c = inputs
-    six = (*(primal and need for need in needs), *needs)
+    seven = (*(primal and need for need in needs), *needs, result)
 
     def work(results: Tensors, *run: Maybe) -> None:
-        dq, dk, dv, dq_t, dk_t, dv_t = results
+        dq, dk, dv, dq_t, dk_t, dv_t, along = results
         q, k, v, q_t, k_t, v_t, o, o_t, do, do_t = run
         delta, delta_t = rowsum(do, o), add(rowsum(do_t, o), rowsum(do, o_t))
         q, q_t = q * c, times(q_t, c)
@@ -172,7 +173,10 @@ def differentiate_along(
             into(cut(dv_t, keys), turned(p_t), do_b)
             dp = (do_b @ v_b.mT).sub_(delta[rows])
             dp_t = product_along(do_b, v_b.mT, do_tb, turned(v_tb))
-            ds_t = p * -delta_t[rows] if dp_t is None else dp_t.sub_(delta_t[rows]).mul_(p)
+            into(cut(along, rows), p_t, v_b)
+            into(cut(along, rows), p, v_tb)
+            delta_tb = delta_t[rows] if along is None else rowsum(do_b, along[rows])
+            ds_t = p * -delta_tb if dp_t is None else dp_t.sub_(delta_tb).mul_(p)
             if p_t is not None:
                 ds_t.addcmul_(p_t, dp)
             ds, ds_t = dp.mul_(p), through_cap(ds_t, t)
@@ -186,7 +190,7 @@ def differentiate_along(
             into(cut(dk_t, keys), ds.mT, q_tb)
             into(cut(dk_t, keys), ds_t.mT, q_b)
 
-    return by_run(work, mask, where(six, (*qkv, *qkv)), [*qkv, *tangents, o, o_t, do, do_t])
+    return by_run(work, mask, where(seven, (*qkv, *qkv, qkv[0])), [*qkv, *tangents, o, o_t, do, do_t])
 
 
 def jvp(inputs: tuple, saved: Tensors, tangents: Tensors) -> tuple[Tensor | None, Tensors]:
@@ -211,7 +215,7 @@ def backward_jvp(
 ) -> Tensors:
     if saved_t[0] is None and do_t is None:
         return None, None, None
-    return differentiate_along(inputs, saved[0], tangents, saved_t[0], do, do_t, needs, primal=False)[3:]
+    return differentiate_along(inputs, saved[0], tangents, saved_t[0], do, do_t, needs, primal=False)[3:6]
 
 
 def backward_dual(
@@ -225,8 +229,15 @@ def backward_dual(
 ) -> tuple[Tensors, Tensors]:
     if saved_t[0] is None and do_t is None:
         return backward(inputs, saved, do, needs), (None, None, None)
-    six = differentiate_along(inputs, saved[0], tangents, saved_t[0], do, do_t, needs, primal=True)
-    return six[:3], six[3:]
+    found = differentiate_along(inputs, saved[0], tangents, saved_t[0], do, do_t, needs, primal=True)
+    return found[:3], found[3:6]
+
+
+def double_backward(inputs: tuple, saved: Tensors, u: Tensors, do: Tensor, needs: tuple[bool, ...]) -> Tensors:
+    if all(x is None for x in u):
+        return None, None, None, None
+    found = differentiate_along(inputs, saved[0], u, None, do, None, needs, primal=False, result=True)
+    return found[6], *found[3:6]
 
 
 _op = twice_differentiable(
@@ -237,6 +248,7 @@ _op = twice_differentiable(
     differentiable=3,
     forward_dual=forward_dual,
     backward_dual=backward_dual,
+    double_backward=double_backward,
     saves_output=True,
 )
 

@@ -7,10 +7,11 @@ For y = f(x) an op file gives (inputs and tangents are tuples; a None stands for
     jvp(inputs, stats, tangents)                                  -> y', stats'
     backward_jvp(inputs, stats, tangents, stats', dy, dy', needs) -> dx' = d/de backward along (x', dy')
 
-and, where primal and tangent share work, the two pairs that a dual pass then calls instead:
+and, where two of them share work, what is then called instead, by a dual pass or in reverse-over-reverse mode:
 
     forward_dual(inputs, tangents)                                 -> y, stats, y', stats'
     backward_dual(inputs, stats, tangents, stats', dy, dy', needs) -> dx, dx'
+    double_backward(inputs, stats, u, dy, needs)                   -> (y', *dx') of jvp and backward_jvp with dy' = 0
 
 `needs` says which of the inputs want a gradient. Trailing inputs may be constants (labels, a frozen weight, a scale):
 `differentiable` is the number of leading inputs that are not. Statistics are tensors that the later functions reuse;
@@ -69,6 +70,7 @@ def twice_differentiable(
     *,
     forward_dual: Callable[..., tuple[Tensor, Tensors, Tensor | None, Tensors]] | None = None,
     backward_dual: Callable[..., tuple[Tensors, Tensors]] | None = None,
+    double_backward: Callable[..., Tensors] | None = None,
     saves_output: bool = False,
 ) -> Callable[..., Tensor]:
     """The op `inputs -> y`; see the module's docstring for the functions."""
@@ -92,14 +94,14 @@ def twice_differentiable(
         dx_t = backward_jvp(inputs, saved, tangents, saved_t, dy, dy_t, needs)
         return filled(dx_t, inputs[:differentiable], needs)
 
-    def double_backward(inputs: Tensors, saved: Tensors, u: Tensors, dy: Tensor, needs: Any) -> Tensors:
+    def one_by_one(inputs: Tensors, saved: Tensors, u: Tensors, dy: Tensor, needs: Any) -> Tensors:
         """Cotangents of (dy, *inputs) for a cotangent u of dx."""
         y_t, stats_t = jvp(inputs, saved, u)
         return (y_t, *backward_jvp(inputs, saved, u, with_output(y_t, stats_t), dy, None, needs))
 
     jvp_once = _once("the reverse-over-forward derivative of an op", tangent_of_forward)
     backward_jvp_once = _once("the reverse-over-forward derivative of an op", tangent_of_backward)
-    double_backward_once = _once("the third derivative of an op", double_backward)
+    double_backward_once = _once("the third derivative of an op", double_backward or one_by_one)
 
     class Backward(_Function):
         """(dy, dual, n_saved, needs, *inputs, *saved) -> dx."""
