@@ -92,7 +92,7 @@ def slope_times(kind: str, g: Tensor, v: Tensor) -> Tensor:
 def fill_outputs(kind: str, tensors: Sequence[Maybe], outs: Sequence[Maybe]) -> None:
     """(g, u, g', u') -> (y, y'); u is None for an activation by itself, tangents and results where there are none."""
     (y, y_t), flats = (flat(x) for x in outs), [flat(x) for x in tensors]
-    for part in pieces(tensors[0], tensors[0].numel()):
+    for part in pieces(tensors[0]):
         g, u, g_t, u_t = cut(part, *flats)
         if y is None and u is None:
             y_t[part] = slope_times(kind, g, g_t)
@@ -110,7 +110,7 @@ def fill_outputs(kind: str, tensors: Sequence[Maybe], outs: Sequence[Maybe]) -> 
 def fill_gradients(kind: str, tensors: Sequence[Maybe], outs: Sequence[Maybe]) -> None:
     """(g, u, g', u', dy, dy') -> (dg, du, dg', du'), each None where it is not."""
     flats, flat_outs = [flat(x) for x in tensors], [flat(x) for x in outs]
-    for part in pieces(tensors[0], tensors[0].numel()):
+    for part in pieces(tensors[0]):
         g, u, g_t, u_t, dy, dy_t = cut(part, *flats)
         dg, du, dg_t, du_t = (None if x is None else x[part] for x in flat_outs)
         if u is None and g_t is None:

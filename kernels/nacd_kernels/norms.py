@@ -44,10 +44,9 @@ def mean(x: Tensor) -> Tensor:
     return x.mean(-1, keepdim=True)
 
 
-def along(u: Tensor, x: Tensor, m: Maybe, r: Tensor) -> Tensor:
-    """<u n>."""
-    out = dot(u, x)
-    return out.mul_(r) if m is None else out.sub_(mean(u) * m).mul_(r)
+def centred(x: Tensor, m: Maybe) -> Tensor:
+    """n / r. Sums are taken over it and not over x, or they would cancel where the mean is large."""
+    return x if m is None else x - m
 
 
 def project(u: Tensor, x: Tensor, m: Maybe, r: Tensor, w: Maybe = None, un: Maybe = None) -> Tensor:
@@ -55,22 +54,8 @@ def project(u: Tensor, x: Tensor, m: Maybe, r: Tensor, w: Maybe = None, un: Mayb
     if m is not None:
         return aten.native_layer_norm_backward(u, x, x.shape[-1:], m, r, w, None, [True, False, False])[0]
     g = u if w is None else u * w
-    un = along(g, x, m, r) if un is None else un
+    un = dot(g, x).mul_(r) if un is None else un
     return (g * r if w is None else g.mul_(r)).addcmul_(x, un * r.square(), value=-1)
-
-
-def moved(
-    g: Tensor, gn: Tensor, x: Tensor, m: Maybe, r: Tensor, x_t: Tensor, m_t: Maybe, r_t: Tensor, g_t: Maybe
-) -> Tensor:
-    """dx' where x moves; gn = <g n>. Writes g_t."""
-    xn = (r_t / r.square()).neg_()
-    e = dot(g, x_t)
-    e = (e if m is None else e.sub_(mean(g) * m_t)).addcmul_(gn, xn, value=-1).mul_(r)
-    inner = g * (r * xn).neg_() if g_t is None else g_t.addcmul_(g, r * xn, value=-1)
-    out = project(inner.addcmul_(x_t, r * gn, value=-1), x, m, r)
-    e.mul_(r).mul_(r)
-    out.addcmul_(x, e, value=-1)
-    return out if m is None else out.add_(e.mul_(m))
 
 
 def pair(stats: Tensors) -> tuple[Tensor, Maybe]:
@@ -95,7 +80,7 @@ def jvp(inputs: tuple, stats: Tensors, tangents: Tensors) -> tuple[Maybe, Tensor
     if x_t is None:
         return None, tuple(None for _ in stats)
     x, w, dtype = wide(x), gain(x, w, offset), x.dtype
-    xn = along(x_t, x, m, r)
+    xn = dot(x_t, centred(x, m)).mul_(r)
     n_t = project(x_t, x, m, r, None, xn)
     y_t = n_t if w is None else n_t.mul_(w)
     r_t = xn.mul_(r).mul_(r).neg_()
@@ -131,12 +116,16 @@ def gradients(
     """dx (if `primal`) and dx', where x moves."""
     x, w, _, _, offset, _ = inputs
     (r, m), (r_t, m_t), dtype = pair(stats), pair(stats_t), x.dtype
-    x, w, x_t, dy = wide(x), gain(x, w, offset), wide(tangents[0]), wide(dy)
+    x, w, x_t, dy, dy_t = wide(x), gain(x, w, offset), wide(tangents[0]), wide(dy), wide(dy_t)
     g = dy if w is None else dy * w
-    g_t = None if dy_t is None else dy_t.to(g.dtype, copy=True) if w is None else wide(dy_t) * w
-    gn = along(g, x, m, r)
+    c = centred(x, m)
+    gn, xn = dot(g, c).mul_(r), (r_t / r.square()).neg_()
+    e = dot(g, x_t)
+    e = (e if m is None else e.sub_(mean(g) * m_t)).addcmul_(gn, xn, value=-1).mul_(r)
+    u = g * (r * xn).neg_() if dy_t is None else torch.addcmul(dy_t if w is None else dy_t * w, g, r * xn, value=-1)
+    u.addcmul_(x_t, r * gn, value=-1)
     dx = project(g, x, m, r, None, gn).to(dtype) if primal else None
-    return dx, moved(g, gn, x, m, r, x_t, m_t, r_t, g_t).to(dtype)
+    return dx, project(u, x, m, r).addcmul_(c, e.mul_(r).mul_(r), value=-1).to(dtype)
 
 
 _op = twice_differentiable(forward, backward, jvp, backward_jvp, differentiable=1, backward_dual=backward_dual)
@@ -170,9 +159,7 @@ def _norm(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float, offset: flo
     if use_triton(x):
         from .norms_triton import LIMIT, norm_op  # Triton is needed only from here
 
-        check(
-            x.shape[-1] <= LIMIT,
-            f"x has {x.shape[-1]} features: the kernels take {LIMIT}; NACD_KERNELS=reference takes any",
-        )
+        D = x.shape[-1]
+        check(D <= LIMIT, f"x has {D} features, and the kernels take up to {LIMIT}; NACD_KERNELS=reference takes more")
         return norm_op(*inputs)
     return _op(*inputs)

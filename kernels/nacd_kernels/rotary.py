@@ -89,7 +89,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
         check(t.device == x.device, f"{name} is on {t.device}, x on {x.device}")
         check_frozen(name, t)
     check(cos.shape == sin.shape, f"cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}: must be one shape")
-    tables = (t.view(-1, 1, T, t.shape[-1]) if t.ndim == 2 else t.unsqueeze(1) for t in (cos, sin))
+    tables = (t[None, None] if t.ndim == 2 else t[:, None] for t in (cos, sin))
     if use_triton(x):
         from .rotary_triton import rotary_op  # Triton is needed only from here
 
