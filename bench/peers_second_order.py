@@ -46,7 +46,7 @@ def rand(*shape: int) -> Tensor:
 
 
 def liger() -> dict[str, Case]:
-    norms = [import_module(f"liger_kernel.ops.{name}") for name in ("rms_norm", "layer_norm")]
+    norms: list[Any] = [import_module(f"liger_kernel.ops.{name}") for name in ("rms_norm", "layer_norm")]
     if not torch.cuda.is_available():
         for module in norms:
             module.rsqrt = import_module("interpreted").rsqrt

@@ -1,12 +1,16 @@
 """Triton's interpreter, as the tests use it, rounds, multiplies and loops as a GPU does."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 import pytest
 import torch
 
 from tests.kernels.numerics import DEVICE
 
-triton = pytest.importorskip("triton")
-tl = triton.language
+pytest.importorskip("triton")
+
+import triton
+from triton import language as tl
 
 
 @triton.jit

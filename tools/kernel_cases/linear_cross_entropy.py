@@ -1,6 +1,7 @@
 """Launches of linear_cross_entropy: both kernels, bfloat16 in every variant, float32 in the largest ones."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -15,8 +16,8 @@ def cases() -> Iterator[Callable[[], object]]:
         h, w = torch.zeros(2, D, dtype=dtype), torch.zeros(V, D, dtype=dtype)
         for cap in caps:
             inputs = (h, w, labels, None, cap, True, True)
-            yield lambda i=inputs: forward(*i)
-            yield lambda i=inputs: forward_dual(i, (i[0],))
+            yield partial(forward, *inputs)
+            yield partial(forward_dual, inputs, (h,))
         if dtype == torch.bfloat16:
-            yield lambda i=inputs: forward(*i[:-1], False)
-            yield lambda i=inputs: jvp(i, (i[0], labels), (i[0],))
+            yield partial(forward, *inputs[:-1], False)
+            yield partial(jvp, inputs, (h, labels), (h,))
