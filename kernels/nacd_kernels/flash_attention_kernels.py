@@ -141,9 +141,7 @@ def forward_kernel(
                 q, k_head, v_head, i, j, kt, vt, end, d, c, cap, window, top, total, o, STEP, False
             )
     for j in range(mid, hi, STEP):
-        top, total, o = forward_step(
-            q, k_head, v_head, i, j, kt, vt, end, d, c, cap, window, top, total, o, STEP, True
-        )
+        top, total, o = forward_step(q, k_head, v_head, i, j, kt, vt, end, d, c, cap, window, top, total, o, STEP, True)
     tl.store(lse_ptr + (b * H + h) * T + i, (top + tl.log2(total)) / LOG2E, mask=i < end)
     put(o_ptr + (b * T * H + h) * d, first, H * d, end, d, o / total[:, None])
 
@@ -155,52 +153,46 @@ def score_tangent(q, q_t, k, k_t, c, slope):
 
 
 @triton.jit
-def along_kernel(
-    q_ptr, q_t_ptr, k_ptr, k_t_ptr, v_ptr, v_t_ptr, o_ptr, lse_ptr, o_t_ptr, mu_ptr,
+def forward_along_kernel(
+    q_ptr, q_t_ptr, k_ptr, k_t_ptr, v_ptr, v_t_ptr, o_ptr, o_t_ptr, lse_ptr, mu_ptr,
     tiles_ptr, n_tiles, T, H, ratio, d, c, cap, window, qb, qh, qt, kb, kh, kt, vb, vh, vt,
-    PRIMAL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """O' = (P o Z') V + P V' - mu O, and mu = rowsum(P o Z'). O and lse are results too if PRIMAL, else given."""
+    """O = P V and O' = (P o (Z' - mu)) V + P V'; lse and mu = rowsum(P o Z').
+
+    mu, too, is that of the keys so far, and O' is corrected when it moves: what all keys have in common in Z' must be
+    taken away before P o Z' is rounded.
+    """
     b, h, begin, end, first = place(tiles_ptr, n_tiles)
     q_at, k_at, v_at, o_at = b * qb + h * qh, b * kb + h // ratio * kh, b * vb + h // ratio * vh, (b * T * H + h) * d
     q = get(q_ptr + q_at, first, qt, end, d, ROWS, WIDTH)
     q_t = get(q_t_ptr + q_at, first, qt, end, d, ROWS, WIDTH)
     i = first + tl.arange(0, ROWS)
-    at = (b * H + h) * T + i
-    top, total = tl.full((ROWS,), LOW, tl.float32), tl.zeros((ROWS,), tl.float32)
-    if not PRIMAL:
-        top = tl.load(lse_ptr + at, mask=i < end, other=0.0) * LOG2E  # so P is final
-    mu = tl.zeros((ROWS,), tl.float32)
+    top, total, mu = tl.full((ROWS,), LOW, tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     o, o_t = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
     lo, hi = key_range(begin, end, first, window, ROWS)
-    for j in range(lo, hi, STEP):
+    for j in tl.range(lo, hi, STEP, disable_licm=True):
         k = get(k_ptr + k_at, j, kt, end, d, STEP, WIDTH)
         k_t = get(k_t_ptr + k_at, j, kt, end, d, STEP, WIDTH)
         z, _, slope = capped(product(q, tl.trans(k)), c, cap)
         z = tl.where(sees(i[:, None], j + tl.arange(0, STEP)[None, :], window), z, LOW)
         z_t = score_tangent(q, q_t, k, k_t, c, slope)
+        higher = tl.maximum(top, tl.max(z, 1))
+        shrink = tl.exp2(top - higher)
+        p = tl.exp2(z - higher[:, None])
+        top, total = higher, total * shrink + tl.sum(p, 1)
+        move = tl.sum(p * (z_t - mu[:, None]), 1) / total
+        mu += move
         v = get(v_ptr + v_at, j, vt, end, d, STEP, WIDTH)
         v_t = get(v_t_ptr + v_at, j, vt, end, d, STEP, WIDTH)
-        if PRIMAL:
-            higher = tl.maximum(top, tl.max(z, 1))
-            shrink = tl.exp2(top - higher)
-            top, total, mu = higher, total * shrink, mu * shrink
-            o, o_t = o * shrink[:, None], o_t * shrink[:, None]
-        p = tl.exp2(z - top[:, None])
-        p_z_t = p * z_t
-        mu += tl.sum(p_z_t, 1)
-        if PRIMAL:
-            total += tl.sum(p, 1)
-            o = dot(p, v, o)
-        o_t = dot(p, v_t, dot(p_z_t, v, o_t))
-    if PRIMAL:
-        mu, o, o_t = mu / total, o / total[:, None], o_t / total[:, None]
-        tl.store(lse_ptr + at, (top + tl.log2(total)) / LOG2E, mask=i < end)
-        put(o_ptr + o_at, first, H * d, end, d, o)
-    else:
-        o = get(o_ptr + o_at, first, H * d, end, d, ROWS, WIDTH).to(tl.float32)
+        o *= shrink[:, None]
+        o_t = dot(p, v_t, dot(p * (z_t - mu[:, None]), v, o_t * shrink[:, None] - move[:, None] * o))
+        o = dot(p, v, o)
+    at = (b * H + h) * T + i
+    tl.store(lse_ptr + at, (top + tl.log2(total)) / LOG2E, mask=i < end)
     tl.store(mu_ptr + at, mu, mask=i < end)
-    put(o_t_ptr + o_at, first, H * d, end, d, o_t - mu[:, None] * o)
+    put(o_ptr + o_at, first, H * d, end, d, o / total[:, None])
+    put(o_t_ptr + o_at, first, H * d, end, d, o_t / total[:, None])
 
 
 @triton.jit
@@ -221,7 +213,7 @@ def dq_kernel(
     tl.store(delta_ptr + at, delta, mask=i < end)
     dq = tl.zeros((ROWS, WIDTH), tl.float32)
     lo, hi = key_range(begin, end, first, window, ROWS)
-    for j in range(lo, hi, STEP):
+    for j in tl.range(lo, hi, STEP, disable_licm=True):
         k = get(k_ptr + k_at, j, kt, end, d, STEP, WIDTH)
         v = get(v_ptr + v_at, j, vt, end, d, STEP, WIDTH)
         z, _, slope = capped(product(q, tl.trans(k)), c, cap)
@@ -239,7 +231,7 @@ def dkdv_kernel(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """dK = c dS^T Q and dV = P^T dO. Queries beyond the segment are zeros like their dO and D, and add nothing."""
-    b, g, _, end, first = place(tiles_ptr, n_tiles)
+    b, g, _begin, end, first = place(tiles_ptr, n_tiles)
     G = H // ratio
     k = get(k_ptr + b * kb + g * kh, first, kt, end, d, ROWS, WIDTH)
     v = get(v_ptr + b * vb + g * vh, first, vt, end, d, ROWS, WIDTH)
@@ -247,7 +239,7 @@ def dkdv_kernel(
     dk, dv = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
     for h in range(g * ratio, (g + 1) * ratio):
         q_at, do_at, at = b * qb + h * qh, b * ob + h * oh, (b * H + h) * T
-        for start in range(first, last_query(end, first, window, ROWS), STEP):
+        for start in tl.range(first, last_query(end, first, window, ROWS), STEP, disable_licm=True):
             i = start + tl.arange(0, STEP)
             q = get(q_ptr + q_at, start, qt, end, d, STEP, WIDTH)
             do = get(do_ptr + do_at, start, ot, end, d, STEP, WIDTH)
@@ -301,7 +293,7 @@ def dq_along_kernel(
     tl.store(delta_t_ptr + at, delta_t, mask=i < end)
     dq, dq_t = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
     lo, hi = key_range(begin, end, first, window, ROWS)
-    for j in range(lo, hi, STEP):
+    for j in tl.range(lo, hi, STEP, disable_licm=True):
         k = get(k_ptr + k_at, j, kt, end, d, STEP, WIDTH)
         k_t = get(k_t_ptr + k_at, j, kt, end, d, STEP, WIDTH)
         v = get(v_ptr + v_at, j, vt, end, d, STEP, WIDTH)
@@ -331,7 +323,7 @@ def dkdv_along_kernel(
     PRIMAL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """dK', dV' and, if PRIMAL, dK, dV."""
-    b, g, _, end, first = place(tiles_ptr, n_tiles)
+    b, g, _begin, end, first = place(tiles_ptr, n_tiles)
     G = H // ratio
     k_at, v_at = b * kb + g * kh, b * vb + g * vh
     k = get(k_ptr + k_at, first, kt, end, d, ROWS, WIDTH)
@@ -343,7 +335,7 @@ def dkdv_along_kernel(
     dv, dv_t = tl.zeros((ROWS, WIDTH), tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
     for h in range(g * ratio, (g + 1) * ratio):
         q_at, do_at, at = b * qb + h * qh, b * ob + h * oh, (b * H + h) * T
-        for start in range(first, last_query(end, first, window, ROWS), STEP):
+        for start in tl.range(first, last_query(end, first, window, ROWS), STEP, disable_licm=True):
             i = start + tl.arange(0, STEP)
             q = get(q_ptr + q_at, start, qt, end, d, STEP, WIDTH)
             q_t = get(q_t_ptr + q_at, start, qt, end, d, STEP, WIDTH)

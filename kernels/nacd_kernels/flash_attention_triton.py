@@ -19,17 +19,17 @@ from torch import Tensor
 from .attention_mask import Mask
 from .checks import check
 from .flash_attention_kernels import (
-    along_kernel,
     dkdv_along_kernel,
     dkdv_kernel,
     dq_along_kernel,
     dq_kernel,
+    forward_along_kernel,
     forward_kernel,
 )
 from .launch import capability, launch
 from .twice import Maybe, Tensors, twice_differentiable
 
-MAX_WIDTH = 128  # of a head
+MAX_WIDTH = {2: 128, 4: 64}  # of a head, by bytes an element: three TF32 products of wider rows overflow the registers
 
 
 class Blocks(NamedTuple):
@@ -41,13 +41,55 @@ class Blocks(NamedTuple):
     stages: int
 
 
+# By WIDTH and bytes an element: each kernel's blocks on sm_80 and on sm_90 and later. `_dual` is an `_along` kernel that
+# gives the gradient, too. Chosen by registers and shared memory, as large as does not spill; not timed on a GPU yet.
+BLOCKS = {
+    (64, 2): {
+        "forward": (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3)),
+        "forward_along": (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2)),
+        "dq": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 3)),
+        "dkdv": (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2)),
+        "dq_along": (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2)),
+        "dkdv_along": (Blocks(64, 32, 8, 2), Blocks(64, 32, 4, 2)),
+        "dq_dual": (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2)),
+        "dkdv_dual": (Blocks(64, 16, 8, 2), Blocks(64, 16, 8, 2)),
+    },
+    (128, 2): {
+        "forward": (Blocks(128, 32, 4, 3), Blocks(128, 64, 8, 3)),
+        "forward_along": (Blocks(64, 32, 8, 2), Blocks(128, 32, 8, 2)),
+        "dq": (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2)),
+        "dkdv": (Blocks(64, 32, 8, 2), Blocks(128, 32, 8, 2)),
+        "dq_along": (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
+        "dkdv_along": (Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2)),
+        "dq_dual": (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2)),
+        "dkdv_dual": (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)),
+    },
+    (64, 4): {
+        "forward": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+        "forward_along": (Blocks(32, 16, 8, 2), Blocks(32, 16, 8, 2)),
+        "dq": (Blocks(64, 16, 8, 2), Blocks(64, 16, 8, 2)),
+        "dkdv": (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)),
+        "dq_along": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2)),
+        "dkdv_along": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2)),
+        "dq_dual": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2)),
+        "dkdv_dual": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2)),
+    },
+}
+
+
 def config(kernel: str, width: int, dtype: torch.dtype, chip: tuple[int, int]) -> Blocks:
-    return Blocks(64, 32, 4, 2)
+    return BLOCKS[width, dtype.itemsize][kernel][chip >= (9, 0)]
 
 
-def head_width(d: int) -> int:
-    check(d <= MAX_WIDTH, f"q has heads of width {d}: the kernels take at most {MAX_WIDTH}")
-    return max(64, triton.next_power_of_2(d))
+def padded_width(q: Tensor) -> int:
+    """WIDTH of the tiles; ValueError where there is none."""
+    limit = MAX_WIDTH[q.dtype.itemsize]
+    check(
+        q.shape[-1] <= limit,
+        f"q has heads of width {q.shape[-1]} in {q.dtype}: the kernels take at most {limit}; NACD_KERNELS=reference "
+        "takes any",
+    )
+    return 64 if q.shape[-1] <= 64 else 128
 
 
 @lru_cache(maxsize=64)
@@ -66,7 +108,7 @@ def run(
     """Launch `kernel` on every tile of queries or (dkdv) of keys. strided: the tensors whose strides it takes."""
     q, k, _, mask, c = inputs
     (_, H, T, d), G = q.shape, k.shape[1]
-    width, of_keys = head_width(d), name.startswith("dkdv")
+    width, of_keys = padded_width(q), name.startswith("dkdv")
     blocks = config(name, width, q.dtype, capability(q))
     where = tiles(mask, blocks.rows, not of_keys, q.device)
     strides = [stride for x in strided for stride in x.stride()[:3]]
@@ -117,28 +159,21 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensors]:
     return o, (lse,)
 
 
-def along(inputs: tuple, tangents: Tensors, o: Tensor, lse: Tensor, primal: bool) -> tuple[Tensor, Tensor]:
-    """O' and mu. O and lse are filled in if primal, else read."""
+def forward_dual(inputs: tuple, tangents: Tensors) -> tuple[Tensor, Tensors, Tensor, Tensors]:
+    """Tangents of statistics: mu [B, H, T, 1], that of lse."""
     mask = inputs[3]
     (q, q_t), (k, k_t), (v, v_t) = map(alike, inputs[:3], tangents)
-    o_t, mu = like(q, mask), statistic(q, mask)
-    pointers = (q, q_t, k, k_t, v, v_t, o, lse, o_t, mu)
-    run("along", along_kernel, inputs, pointers, (q, k, v), PRIMAL=primal)
-    return o_t, mu
+    (o, o_t), (lse, mu) = (like(q, mask), like(q, mask)), (statistic(q, mask), statistic(q, mask))
+    pointers = (q, q_t, k, k_t, v, v_t, o, o_t, lse, mu)
+    run("forward_along", forward_along_kernel, inputs, pointers, (q, k, v))
+    return o, (lse,), o_t, (mu,)
 
 
 def jvp(inputs: tuple, saved: Tensors, tangents: Tensors) -> tuple[Tensor | None, Tensors]:
-    """Tangents of statistics: mu [B, H, T, 1], that of lse."""
+    """Both again, the tangent kept: O must be at hand while O' is summed, and is a sixth of the work."""
     if all(x is None for x in tangents):
         return None, (None,)
-    o_t, mu = along(inputs, tangents, token_major(saved[0]), saved[1].contiguous(), primal=False)
-    return o_t, (mu,)
-
-
-def forward_dual(inputs: tuple, tangents: Tensors) -> tuple[Tensor, Tensors, Tensor, Tensors]:
-    o, lse = like(inputs[0], inputs[3]), statistic(inputs[0], inputs[3])
-    o_t, mu = along(inputs, tangents, o, lse, primal=True)
-    return o, (lse,), o_t, (mu,)
+    return forward_dual(inputs, tangents)[2:]
 
 
 def backward(inputs: tuple, saved: Tensors, do: Tensor, needs: Sequence[bool]) -> Tensors:
@@ -170,10 +205,11 @@ def along_backward(
     delta, delta_t = torch.empty_like(lse), torch.empty_like(lse)
     first, strided = (q, q_t, k, k_t, v, v_t), (q, k, v, do)
     pointers = (*first, o, o_t, lse, mu, do, do_t, dx[0], dx_t[0], delta, delta_t)
-    run("dq_along", dq_along_kernel, inputs, pointers, strided, PRIMAL=primal)
+    kind = "dual" if primal else "along"
+    run(f"dq_{kind}", dq_along_kernel, inputs, pointers, strided, PRIMAL=primal)
     if needs[1] or needs[2]:
         pointers = (*first, lse, mu, do, do_t, delta, delta_t, dx[1], dx_t[1], dx[2], dx_t[2])
-        run("dkdv_along", dkdv_along_kernel, inputs, pointers, strided, PRIMAL=primal)
+        run(f"dkdv_{kind}", dkdv_along_kernel, inputs, pointers, strided, PRIMAL=primal)
     return wanted(dx, needs), wanted(dx_t, needs)
 
 
