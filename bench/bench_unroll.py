@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -205,8 +206,7 @@ def bench(case: str, shape: Shape, rows: Rows, device: torch.device) -> None:
         "plain, our ops": lambda: ours.plain_step(ours.our_loss),
     }
     for mode in (*OURS, *PEERS):
-        problem = ours if mode in OURS else theirs
-        contestants[mode] = lambda mode=mode, problem=problem: problem.hypergradient(mode, shape.steps)
+        contestants[mode] = partial((ours if mode in OURS else theirs).hypergradient, mode, shape.steps)
     seconds = interleaved(contestants, shape.rounds, device)
     for name, times in seconds.items():
         for quantile, value in zip(("p20", "p50", "p80"), quantiles(times), strict=True):

@@ -111,7 +111,7 @@ def test_packed_equals_one_by_one(name: str) -> None:
     supervised = [int((pack([row], 2).targets != -100).sum()) for row in ROWS]
     together = student.loss(student.unflatten(theta), prompts, pack(ROWS, 2))
     alone = [student.loss(student.unflatten(theta), prompts[i : i + 1], pack([row], 2)) for i, row in enumerate(ROWS)]
-    mean = sum(loss * n for loss, n in zip(alone, supervised, strict=True)) / sum(supervised)
+    mean = torch.stack([loss * n for loss, n in zip(alone, supervised, strict=True)]).sum() / sum(supervised)
     oracle = plain_loss(plain, student.unflatten(theta), prompts, ROWS)
     results = [[loss.detach(), *torch.autograd.grad(loss, (theta, prompts))] for loss in (together, mean, oracle)]
     for packed, single, plainly in zip(*results, strict=True):
