@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from nacd_kernels.activations_triton import Activation, activation, gated
+from nacd_kernels.activations import Activation
+from nacd_kernels.activations_triton import activation, gated
 
 NEEDS = (True, True)
 
