@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-KERNELS = '''
+KERNELS = """
 import triton
 import triton.language as tl
 
@@ -22,7 +22,7 @@ def product(x, y, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     i, j, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, 16)
     a, b = tl.load(x + i[:, None] * 16 + k[None, :]), tl.load(y + k[:, None] * COLUMNS + j[None, :])
     tl.store(y + i[:, None] * COLUMNS + j[None, :], tl.dot(a, b, input_precision="tf32") * n)
-'''
+"""
 SCRIPT = """
 import json
 from tools import compile_kernels as tool
