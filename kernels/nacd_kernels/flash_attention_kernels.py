@@ -1,18 +1,19 @@
-"""The Triton kernels of flash_attention: six passes, all of them over tiles of scores that live in registers.
+"""The Triton kernels of flash_attention: six passes over tiles of scores that never leave the registers.
 
 Formulas and names as in flash_attention.py; x_t is the tangent of x. A program has one tile of one head:
 
-    forward, along      a tile of queries: over its keys, with an online softmax   O, lse         and O', mu
-    dq, dq_along        a tile of queries: over its keys                           dQ, D          and dQ', D'
-    dkdv, dkdv_along    a tile of keys: over the queries of its heads, S^T         dK, dV         and dK', dV'
+    forward, forward_along   a tile of queries, over its keys, softmax online    O, lse        and O', mu
+    dq, dq_along             a tile of queries, over its keys                    dQ, D         and dQ', D'
+    dkdv, dkdv_along         a tile of keys, over the queries of its heads       dK, dV        and dK', dV'
 
-so every sum has one owner and one order: no atomics, the same bits on every run. Where the primal is not asked for
-(`along` without PRIMAL; a None for its pointer), the tangent comes alone.
+so every sum has one owner and one order: no atomics, the same bits on every run. dq and dkdv can come without their
+primal half (PRIMAL), the other kernels give both. dq goes first: it finds D, which dkdv reads.
 
-A tile is (row b, begin and end of its segment, first token), in that segment; tokens are absolute. q, k, v and dO (and
-their tangents, laid out alike) come with strides of row, head and token; O, dQ, dK, dV and their tangents lie as
-[B, T, heads, d], the statistics lse, mu, D and D' as [B, heads, T]. Products are of the inputs' type, P and dS rounded
-to it as in FlashAttention, and summed in float32. Weights are powers of 2; lse is a natural logarithm.
+A tile is (row b, begin and end of its segment, first token); tokens are counted in the row. q, k, v and dO, and their
+tangents laid out alike, come with strides of row, head and token; O, dQ, dK, dV and their tangents lie as
+[B, T, heads, d], lse, mu, D and D' as [B, heads, T]. Products are of the inputs' type, with P and dS rounded to it as
+in FlashAttention, and summed in float32. Exponentials are powers of 2, and lse is a logarithm to base 2: it enters the
+exponent without a rounding of its own. Its tangent mu is the natural one's.
 """
 
 import triton
@@ -142,7 +143,7 @@ def forward_kernel(
             )
     for j in range(mid, hi, STEP):
         top, total, o = forward_step(q, k_head, v_head, i, j, kt, vt, end, d, c, cap, window, top, total, o, STEP, True)
-    tl.store(lse_ptr + (b * H + h) * T + i, (top + tl.log2(total)) / LOG2E, mask=i < end)
+    tl.store(lse_ptr + (b * H + h) * T + i, top + tl.log2(total), mask=i < end)
     put(o_ptr + (b * T * H + h) * d, first, H * d, end, d, o / total[:, None])
 
 
@@ -189,7 +190,7 @@ def forward_along_kernel(
         o_t = dot(p, v_t, dot(p * (z_t - mu[:, None]), v, o_t * shrink[:, None] - move[:, None] * o))
         o = dot(p, v, o)
     at = (b * H + h) * T + i
-    tl.store(lse_ptr + at, (top + tl.log2(total)) / LOG2E, mask=i < end)
+    tl.store(lse_ptr + at, top + tl.log2(total), mask=i < end)
     tl.store(mu_ptr + at, mu, mask=i < end)
     put(o_ptr + o_at, first, H * d, end, d, o / total[:, None])
     put(o_t_ptr + o_at, first, H * d, end, d, o_t / total[:, None])
@@ -208,7 +209,7 @@ def dq_kernel(
     do = get(do_ptr + b * ob + h * oh, first, ot, end, d, ROWS, WIDTH)
     i = first + tl.arange(0, ROWS)
     at = (b * H + h) * T + i
-    lse = tl.load(lse_ptr + at, mask=i < end, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + at, mask=i < end, other=0.0)
     delta = rowsum(do, get(o_ptr + o_at, first, H * d, end, d, ROWS, WIDTH))
     tl.store(delta_ptr + at, delta, mask=i < end)
     dq = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -243,7 +244,7 @@ def dkdv_kernel(
             i = start + tl.arange(0, STEP)
             q = get(q_ptr + q_at, start, qt, end, d, STEP, WIDTH)
             do = get(do_ptr + do_at, start, ot, end, d, STEP, WIDTH)
-            lse = tl.load(lse_ptr + at + i, mask=i < end, other=0.0) * LOG2E
+            lse = tl.load(lse_ptr + at + i, mask=i < end, other=0.0)
             delta = tl.load(delta_ptr + at + i, mask=i < end, other=0.0)
             z, _, slope = capped(product(k, tl.trans(q)), c, cap)
             p = tl.exp2(z - lse[None, :])
@@ -283,7 +284,7 @@ def dq_along_kernel(
     o = get(o_ptr + o_at, first, H * d, end, d, ROWS, WIDTH)
     i = first + tl.arange(0, ROWS)
     at = (b * H + h) * T + i
-    lse = tl.load(lse_ptr + at, mask=i < end, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + at, mask=i < end, other=0.0)
     mu = tl.load(mu_ptr + at, mask=i < end, other=0.0)
     delta, delta_t = rowsum(do, o), rowsum(do, get(o_t_ptr + o_at, first, H * d, end, d, ROWS, WIDTH))
     if do_t_ptr is not None:
@@ -340,7 +341,7 @@ def dkdv_along_kernel(
             q = get(q_ptr + q_at, start, qt, end, d, STEP, WIDTH)
             q_t = get(q_t_ptr + q_at, start, qt, end, d, STEP, WIDTH)
             do = get(do_ptr + do_at, start, ot, end, d, STEP, WIDTH)
-            lse = tl.load(lse_ptr + at + i, mask=i < end, other=0.0) * LOG2E
+            lse = tl.load(lse_ptr + at + i, mask=i < end, other=0.0)
             mu = tl.load(mu_ptr + at + i, mask=i < end, other=0.0)
             delta = tl.load(delta_ptr + at + i, mask=i < end, other=0.0)
             delta_t = tl.load(delta_t_ptr + at + i, mask=i < end, other=0.0)

@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .attention_mask import Mask
@@ -41,7 +40,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By WIDTH and bytes an element: each kernel's blocks on sm_80 and on sm_90 and later. `_dual` is an `_along` kernel that
+# By WIDTH and bytes an element: each kernel's blocks on sm_80 and on sm_90 or later. `_dual` is an `_along` kernel that
 # gives the gradient, too. Chosen by registers and shared memory, as large as does not spill; not timed on a GPU yet.
 BLOCKS = {
     (64, 2): {
@@ -59,26 +58,39 @@ BLOCKS = {
         "forward_along": (Blocks(64, 32, 8, 2), Blocks(128, 32, 8, 2)),
         "dq": (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2)),
         "dkdv": (Blocks(64, 32, 8, 2), Blocks(128, 32, 8, 2)),
-        "dq_along": (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
+        "dq_along": (Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 2)),
         "dkdv_along": (Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2)),
-        "dq_dual": (Blocks(64, 32, 8, 2), Blocks(64, 16, 8, 2)),
+        "dq_dual": (Blocks(32, 64, 8, 2), Blocks(64, 16, 8, 2)),
         "dkdv_dual": (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)),
     },
     (64, 4): {
         "forward": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
-        "forward_along": (Blocks(32, 16, 8, 2), Blocks(32, 16, 8, 2)),
+        "forward_along": (Blocks(32, 16, 8, 2), Blocks(16, 16, 4, 2)),
         "dq": (Blocks(64, 16, 8, 2), Blocks(64, 16, 8, 2)),
         "dkdv": (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)),
         "dq_along": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2)),
         "dkdv_along": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2)),
-        "dq_dual": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2)),
+        "dq_dual": (Blocks(16, 16, 8, 2), Blocks(16, 16, 4, 2)),
         "dkdv_dual": (Blocks(16, 16, 4, 2), Blocks(16, 16, 4, 2)),
     },
 }
 
 
-def config(kernel: str, width: int, dtype: torch.dtype, chip: tuple[int, int]) -> Blocks:
-    return BLOCKS[width, dtype.itemsize][kernel][chip >= (9, 0)]
+CAPPED = {  # in 16 bits, at either width
+    "forward": (Blocks(128, 32, 4, 3), Blocks(128, 64, 8, 3)),
+    "forward_along": (Blocks(32, 32, 8, 2), Blocks(128, 32, 8, 2)),
+    "dq": (Blocks(128, 32, 8, 2), Blocks(128, 64, 8, 2)),
+    "dkdv": (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
+    "dq_along": (Blocks(32, 32, 8, 2), Blocks(64, 32, 8, 2)),
+    "dkdv_along": (Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2)),
+    "dq_dual": (Blocks(32, 64, 8, 2), Blocks(64, 16, 8, 2)),
+    "dkdv_dual": (Blocks(32, 16, 8, 2), Blocks(16, 32, 8, 2)),
+}
+
+
+def config(kernel: str, width: int, dtype: torch.dtype, capped: bool, chip: tuple[int, int]) -> Blocks:
+    row = CAPPED if capped and dtype.itemsize == 2 else BLOCKS[width, dtype.itemsize]
+    return row[kernel][chip >= (9, 0)]
 
 
 def padded_width(q: Tensor) -> int:
@@ -109,7 +121,7 @@ def run(
     q, k, _, mask, c = inputs
     (_, H, T, d), G = q.shape, k.shape[1]
     width, of_keys = padded_width(q), name.startswith("dkdv")
-    blocks = config(name, width, q.dtype, capability(q))
+    blocks = config(name, width, q.dtype, mask.softcap is not None, capability(q))
     where = tiles(mask, blocks.rows, not of_keys, q.device)
     strides = [stride for x in strided for stride in x.stride()[:3]]
     launch(
@@ -200,16 +212,15 @@ def along_backward(
     (q, q_t), (k, k_t), (v, v_t) = map(alike, inputs[:3], tangents)
     do, do_t = alike(do, do_t) if primal else (readable(do), None)
     (o, o_t), (lse, mu) = map(token_major, (saved[0], saved_t[0])), (saved[1].contiguous(), saved_t[1].contiguous())
-    dx = tuple(like(x, mask) if primal else None for x in (q, k, v))
-    dx_t = tuple(like(x, mask) for x in (q, k, v))
+    dq, dk, dv = dx = tuple(like(x, mask) if primal else None for x in (q, k, v))
+    dq_t, dk_t, dv_t = dx_t = tuple(like(x, mask) for x in (q, k, v))
     delta, delta_t = torch.empty_like(lse), torch.empty_like(lse)
-    first, strided = (q, q_t, k, k_t, v, v_t), (q, k, v, do)
-    pointers = (*first, o, o_t, lse, mu, do, do_t, dx[0], dx_t[0], delta, delta_t)
-    kind = "dual" if primal else "along"
-    run(f"dq_{kind}", dq_along_kernel, inputs, pointers, strided, PRIMAL=primal)
+    kind, xs, strided = "dual" if primal else "along", (q, q_t, k, k_t, v, v_t), (q, k, v, do)
+    of_queries = (*xs, o, o_t, lse, mu, do, do_t, dq, dq_t, delta, delta_t)
+    run(f"dq_{kind}", dq_along_kernel, inputs, of_queries, strided, PRIMAL=primal)
     if needs[1] or needs[2]:
-        pointers = (*first, lse, mu, do, do_t, delta, delta_t, dx[1], dx_t[1], dx[2], dx_t[2])
-        run(f"dkdv_{kind}", dkdv_along_kernel, inputs, pointers, strided, PRIMAL=primal)
+        of_keys = (*xs, lse, mu, do, do_t, delta, delta_t, dk, dk_t, dv, dv_t)
+        run(f"dkdv_{kind}", dkdv_along_kernel, inputs, of_keys, strided, PRIMAL=primal)
     return wanted(dx, needs), wanted(dx_t, needs)
 
 
