@@ -43,91 +43,86 @@ def blocks(x: Maybe, x_t: Maybe) -> list[Tensor]:
     return [torch.cat(found)] if len(found) == 2 and one_product(found[0]) else found
 
 
-def unblocked(results: list[Tensor], x: Maybe, x_t: Maybe) -> list[Maybe]:
-    """[of x, of x'] of the blocks' results.
+def results(like: list[Tensor], x: Maybe, x_t: Maybe, width: int) -> tuple[list[Tensor], list[Maybe]]:
+    """Room for what comes of the blocks `like`: by block [rows, width], and [of x, of x'] [..., width].
 
-    The halves of one product get a storage each: autograd copies a tangent that lies elsewhere in its storage than the
-    primal does.
+    The latter are no views, so that they may be changed in place. The halves of one product get a storage each:
+    autograd copies a tangent that lies elsewhere in its storage than the primal does.
     """
-    if len(results) < sum(t is not None for t in (x, x_t)):
-        m = x.shape[0]
-        results = [from_dlpack(half) for half in (results[0][:m], results[0][m:])]
-    queue = iter(results)
-    return [None if t is None else next(queue) for t in (x, x_t)]
+    found = [t for t in (x, x_t) if t is not None]
+    if len(like) == len(found):
+        whole = [t.new_empty(*t.shape[:-1], width) for t in found]
+        by_block = [t.view(block.shape[0], width) for t, block in zip(whole, like)]
+    else:
+        both = like[0].new_empty(2, *found[0].shape[:-1], width)
+        whole, by_block = [from_dlpack(half) for half in both], [both.view(like[0].shape[0], width)]
+    queue = iter(whole)
+    return by_block, [None if t is None else next(queue) for t in (x, x_t)]
 
 
 def through(x: Maybe, x_t: Maybe, weights: Sequence[FrozenWeight], biases: Sequence[Maybe]) -> list[Maybe]:
-    """x W^T + bias and x' W^T of every layer, side by side: [M, sum of D_out] each."""
-    xs = blocks(x, x_t)
+    """x W^T + bias and x' W^T of every layer, side by side; x, x' [..., D_in] -> [..., sum of D_out]."""
+    flat = rows(x)
+    xs = blocks(flat, rows(x_t))
     if not xs:
         return [None, None]
     columns = spans([w.shape[0] for w in weights])
-    ys = [block.new_empty(block.shape[0], columns[-1].stop) for block in xs]
+    ys, (y, y_t) = results(xs, x, x_t, columns[-1].stop)
     for w, bias, place in zip(weights, biases, columns):
         w_t = dense(w, xs[0].dtype).T
-        for block, y in zip(xs, ys):
-            if block is x and bias is not None:
-                torch.addmm(bias, block, w_t, out=y[:, place])
+        for block, out in zip(xs, ys):
+            if block is flat and bias is not None:
+                torch.addmm(bias, block, w_t, out=out[:, place])
             else:
-                torch.mm(block, w_t, out=y[:, place])
-    y, y_t = unblocked(ys, x, x_t)
-    if x is not None and xs[0] is not x:
+                torch.mm(block, w_t, out=out[:, place])
+    if x is not None and xs[0] is not flat:
         for bias, place in zip(biases, columns):
             if bias is not None:
-                y[:, place].add_(bias)
+                y[..., place].add_(bias)
     return [y, y_t]
 
 
 def back_through(dy: Maybe, dy_t: Maybe, weights: Sequence[FrozenWeight]) -> list[Maybe]:
-    """dy W and dy' W, summed over the layers: [M, D_in] each."""
-    dys = blocks(dy, dy_t)
+    """dy W and dy' W, summed over the layers; dy, dy' [..., sum of D_out] -> [..., D_in]."""
+    dys = blocks(rows(dy), rows(dy_t))
     if not dys:
         return [None, None]
-    dxs = [block.new_empty(block.shape[0], weights[0].shape[1]) for block in dys]
+    dxs, pair = results(dys, dy, dy_t, weights[0].shape[1])
     for w, place in zip(weights, spans([w.shape[0] for w in weights])):
         full = dense(w, dys[0].dtype)
-        for block, dx in zip(dys, dxs):
-            torch.addmm(dx, block[:, place], full, beta=int(place.start > 0), out=dx)
-    return unblocked(dxs, dy, dy_t)
-
-
-def like(results: Sequence[Maybe], shape: Sequence[int]) -> list[Maybe]:
-    """[M, D] -> [..., D], with the leading sizes of `shape`."""
-    return [None if t is None else t.view(*shape[:-1], t.shape[-1]) for t in results]
+        for block, out in zip(dys, dxs):
+            torch.addmm(out, block[:, place], full, beta=int(place.start > 0), out=out)
+    return pair
 
 
 def forward(x: Tensor, w: FrozenWeight, bias: Tensor | None) -> tuple[Tensor, Tensors]:
-    y, _ = like(through(rows(x), None, [w], [bias]), x.shape)
-    return y, ()
+    return through(x, None, [w], [bias])[0], ()
 
 
 def backward(inputs: Tensors, stats: Tensors, dy: Tensor, needs: Tensors) -> Tensors:
-    dx, _ = like(back_through(rows(dy), None, [inputs[1]]), dy.shape)
-    return (dx,)
+    return (back_through(dy, None, [inputs[1]])[0],)
 
 
 def jvp(inputs: Tensors, stats: Tensors, tangents: Tensors) -> tuple[Maybe, Tensors]:
-    _, y_t = like(through(None, rows(tangents[0]), [inputs[1]], [None]), inputs[0].shape)
-    return y_t, ()
+    return through(None, tangents[0], [inputs[1]], [None])[1], ()
 
 
 def backward_jvp(
     inputs: Tensors, stats: Tensors, tangents: Tensors, stats_t: Tensors, dy: Tensor, dy_t: Maybe, needs: Tensors
 ) -> Tensors:
-    _, dx_t = like(back_through(None, rows(dy_t), [inputs[1]]), dy.shape)
-    return (dx_t,)
+    return (back_through(None, dy_t, [inputs[1]])[1],)
 
 
 def forward_dual(inputs: Tensors, tangents: Tensors) -> tuple[Tensor, Tensors, Maybe, Tensors]:
     x, w, bias = inputs
-    y, y_t = like(through(rows(x), rows(tangents[0]), [w], [bias]), x.shape)
+    y, y_t = through(x, tangents[0], [w], [bias])
     return y, (), y_t, ()
 
 
 def backward_dual(
     inputs: Tensors, stats: Tensors, tangents: Tensors, stats_t: Tensors, dy: Tensor, dy_t: Maybe, needs: Tensors
 ) -> tuple[Tensors, Tensors]:
-    dx, dx_t = like(back_through(rows(dy), rows(dy_t), [inputs[1]]), dy.shape)
+    dx, dx_t = back_through(dy, dy_t, [inputs[1]])
     return (dx,), (dx_t,)
 
 

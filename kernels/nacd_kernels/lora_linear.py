@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .checks import check, check_linear, check_lora
 from .dispatch import use_triton
-from .frozen_linear import back_through, cast, like, rows, spans, through
+from .frozen_linear import back_through, cast, rows, spans, through
 from .frozen_weight import FrozenWeight, frozen_weight
 from .low_rank import REFERENCE, Kit
 from .twice import Maybe, Tensors, autocast, twice_differentiable
@@ -97,14 +97,15 @@ def along(
     if a is not None:
         found, h_t = kit.pair(at.x, t.x, a.T, flipped(a_t), primal)
         h = found if primal else h
-    y, y_t = through(at.x if primal else None, t.x, at.w, at.bias)
+    columns = at.columns()
+    y, y_t = through(inputs[0] if primal else None, tangents[0], at.w, at.bias)
     if y_t is None and any(part is not None for part in (h_t, *t.b)):
-        y_t = at.x.new_zeros(at.x.shape[0], at.columns()[-1].stop)
-    for b, b_t, scale, place, r in zip(at.b, t.b, at.scale, at.columns(), at.ranks()):
+        y_t = at.x.new_zeros(*inputs[0].shape[:-1], columns[-1].stop)
+    flat, flat_t = rows(y), rows(y_t)
+    for b, b_t, scale, place, r in zip(at.b, t.b, at.scale, columns, at.ranks()):
         if b is not None:
             low = part(h, r), part(h_t, r), b.T, flipped(b_t)
-            kit.add_pair(part(y, place), part(y_t, place), *low, primal, scale)
-    y, y_t = like((y, y_t), inputs[0].shape)
+            kit.add_pair(part(flat, place), part(flat_t, place), *low, primal, scale)
     return y, () if a is None else (h,), y_t, () if a is None else (h_t,)
 
 
@@ -121,8 +122,8 @@ def back(
 ) -> tuple[Tensors, Tensors]:
     """(dx, da_1, db_1, ..) and their tangents, the first only if `primal`; None where not needed."""
     at, t = Adapted.of(inputs), Adapted.of_tangents(tangents)
-    shape, dy, dy_t = dy.shape, rows(dy), rows(dy_t)
-    outputs = [(part(dy, place), part(dy_t, place)) for place in at.columns()]
+    flat, flat_t = rows(dy), rows(dy_t)
+    outputs = [(part(flat, place), part(flat_t, place)) for place in at.columns()]
     g, g_t = None, None
     if needs[0] or any(needs[1::2]):
         gs = [
@@ -135,10 +136,9 @@ def back(
         a, a_t = joined(at.a, at.a), joined(t.a, at.a)
         dx, dx_t = back_through(dy if primal else None, dy_t, at.w)
         if dx_t is None and any(part is not None for part in (g_t, a_t)):
-            dx_t = torch.zeros_like(at.x)
+            dx_t = at.x.new_zeros(inputs[0].shape)
         if a is not None:
-            kit.add_pair(dx, dx_t, g, g_t, a, a_t, primal)
-        dx, dx_t = like((dx, dx_t), shape)
+            kit.add_pair(rows(dx), rows(dx_t), g, g_t, a, a_t, primal)
     das, das_t = grads_of_a(kit, at, t, g, g_t, needs[1::2], primal)
     dbs, dbs_t = grads_of_b(kit, at, stats, stats_t, outputs, needs[2::2], primal)
     return (dx, *interleaved(das, dbs)), (dx_t, *interleaved(das_t, dbs_t))

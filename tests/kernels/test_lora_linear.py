@@ -114,8 +114,9 @@ def test_one_product_of_twice_the_rows_is_the_same(name: str, monkeypatch: pytes
     problem = PROBLEMS[name]
     assert_same_derivatives(problem.ours, problem.plain, problem.inputs, "joint")
     assert 2 * 6 in rows
-    halves = module.unblocked([rand(6, 2)], rand(3, 2), rand(3, 2))
-    assert all(half.storage_offset() == 0 and not half._is_view() for half in halves)
+    x = rand(3, 5, D_IN)
+    halves = module.through(x, x, [rand(7, D_IN)], [None])
+    assert all(half.shape == (3, 5, 7) and half.storage_offset() == 0 and not half._is_view() for half in halves)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -175,6 +176,21 @@ def test_frozen_linear_in_every_mode() -> None:
         assert_same_derivatives(
             lambda x: frozen_linear(x, w, bias), lambda x: F.linear(x, w, bias), [rand(2, 3, D_IN)], mode
         )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_result_may_be_changed_in_place(mode: str) -> None:
+    problem = PROBLEMS["rank 2, bias"]
+    layer: Any = problem.layers[0]
+
+    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = lora_linear(x, layer.w, layer.bias, a, b, layer.scale).mul_(2)
+        return y + frozen_linear(x, layer.w).add_(1)
+
+    def theirs(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return 2 * problem.plain(x, a, b) + F.linear(x, layer.w) + 1
+
+    assert_same_derivatives(ours, theirs, problem.inputs, mode)
 
 
 def test_the_fused_outputs_are_views_of_one_tensor() -> None:
