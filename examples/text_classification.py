@@ -46,11 +46,11 @@ KINDS = {  # how the `source` of a row begins
     "p3/commonsense_qa": "common sense",
     "p3/glue_qqp": "duplicate questions",
 }
-TOKENS, LENGTH = 24, 12  # T of real sentences, longer ones are cut; S of distilled ones
+TOKENS, LENGTH = 24, 20  # T of real sentences, longer ones are cut; S of distilled ones
 D, H, FFN = 128, 4, 64
-STEPS, PER_KIND = 6, 4  # N; real sentences of each kind in the outer batch
-EMBEDDING_RATE, LOG_RATE_RATE = 0.1, 0.03  # of Adam, for the embeddings and for the logarithm of the learning rate
-FIRST_RATE = 0.5
+STEPS, PER_KIND = 5, 8  # N; real sentences of each kind in the outer batch
+EMBEDDING_RATE, LOG_RATE_RATE = 0.05, 0.03  # of Adam, for the embeddings and for the logarithm of the learning rate
+FIRST_RATE = 0.3
 RANDOM_RATES, RANDOM_STEPS = (0.1, 0.3, 1.0), (STEPS, 40)
 FULL_RATE, FULL_STEPS = 0.3, 100
 
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--quick", action="store_true", help="a few seconds: fewer iterations and seeds")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the tensors are too small to share
-    iterations, seeds = (30, 3) if args.quick else (150, 5)
+    iterations, seeds = (25, 3) if args.quick else (100, 5)
 
     tokenizer = Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json"))
     table = load_file(DEMO / "model" / "model.safetensors")["model.embed_tokens.weight"].float()
