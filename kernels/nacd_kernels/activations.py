@@ -43,21 +43,24 @@ APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 aten = torch.ops.aten
 
 
-def curve(kind: str, g: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """f, f1 and (if `second`) f2 at g; fresh tensors."""
-    return gelu_curve(g, second) if kind == "gelu" else sigmoid_curve(kind, g, second)
+def curve(kind: str, g: Tensor, first: bool, second: bool) -> tuple[Maybe, Maybe, Maybe]:
+    """f and f1 (if `first`), and f2 (if `second`), at g; fresh tensors."""
+    return gelu_curve(g, first, second) if kind == "gelu" else sigmoid_curve(kind, g, second)
 
 
-def gelu_curve(g: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    below = torch.mul(g, math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
+def gelu_curve(g: Tensor, first: bool, second: bool) -> tuple[Maybe, Maybe, Maybe]:
+    f, f1, f2 = None, None, None
     p = (g * g).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
     gp = g * p
-    # (g p) g: p underflows to 0 before g^2 overflows
-    f2 = p.mul_(2).addcmul_(gp, g, value=-1) if second else None
-    return g * below, below.add_(gp), f2
+    if second:
+        f2 = p.mul_(2).addcmul_(gp, g, value=-1)  # (g p) g: p underflows to 0 before g^2 overflows
+    if first:
+        below = torch.mul(g, math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
+        f, f1 = g * below, below.add_(gp)
+    return f, f1, f2
 
 
-def sigmoid_curve(kind: str, g: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def sigmoid_curve(kind: str, g: Tensor, second: bool) -> tuple[Tensor, Tensor, Maybe]:
     if kind == "silu":
         z1, s = None, torch.sigmoid(g)
         q = torch.addcmul(s, s, s, value=-1)
@@ -97,7 +100,7 @@ def fill_outputs(kind: str, tensors: Sequence[Maybe], outs: Sequence[Maybe]) -> 
     (y, y_t), flats = (flat(x) for x in outs), [flat(x) for x in tensors]
     for part in pieces(tensors[0]):
         g, u, g_t, u_t = cut(part, *flats)
-        f, f1, _ = (value(kind, g), None, None) if g_t is None else curve(kind, g, second=False)
+        f, f1, _ = (value(kind, g), None, None) if g_t is None else curve(kind, g, first=True, second=False)
         if y is not None and u is None:
             y[part] = f
         elif y is not None:
@@ -118,12 +121,13 @@ def fill_gradients(kind: str, tensors: Sequence[Maybe], outs: Sequence[Maybe]) -
     for part in pieces(tensors[0]):
         g, u, g_t, u_t, dy, dy_t = cut(part, *flats)
         dg, du, dg_t, du_t = (None if x is None else x[part] for x in flat_outs)
-        f, f1, f2 = curve(kind, g, second=g_t is not None and dg_t is not None)
         v, v_t = (dy, dy_t) if u is None else (dy * u, add(times(dy_t, u), times(dy, u_t)))
+        first = v_t is not None or dg is not None or du is not None or du_t is not None
+        f, f1, f2 = curve(kind, g, first, second=g_t is not None and dg_t is not None)
         put(dg, (f1, v))
         put(du, (f, dy))
         put(dg_t, (f1, v_t), (None if f2 is None else f2.mul_(g_t), v))
-        put(du_t, (f, dy_t), (None if g_t is None else f1.mul_(g_t), dy))
+        put(du_t, (f, dy_t), (None if g_t is None or du_t is None else f1.mul_(g_t), dy))
 
 
 def flat(x: Maybe) -> Maybe:

@@ -84,8 +84,8 @@ class Mask:
         return cls(segments, window, None if softcap is None else float(softcap))
 
     def covers(self, B: int, T: int) -> bool:
-        """The segments are all the rows, whole."""
-        return self.segments == whole_rows(B, T)
+        """Every token of B rows of T is in a segment."""
+        return sum(end - begin for _, begin, end in self.segments) == B * T
 
     def runs(self) -> Iterator[Run]:
         """The segments, neighbours of one shape together: they can be computed as one batch."""

@@ -19,7 +19,7 @@ from nacd_kernels import flash_attention as typed_flash_attention
 from nacd_kernels.attention_mask import Mask, Run
 from tests.kernels.numerics import assert_as_good_as_torch, draw, four
 
-REFERENCE = sys.modules["nacd_kernels.flash_attention"]  # by module name: the package has a function of the same name
+TILES = sys.modules["nacd_kernels.attention_tiles"]
 flash_attention: Callable[..., Tensor] = typed_flash_attention  # called with lists of tensors and dicts of options
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -86,8 +86,8 @@ EVERY = pytest.mark.parametrize("name", CASES)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles even at test sizes."""
-    monkeypatch.setattr(REFERENCE, "BLOCK", 2)
-    monkeypatch.setattr(REFERENCE, "TILE", 1)
+    monkeypatch.setattr(TILES, "BLOCK", 2)
+    monkeypatch.setattr(TILES, "TILE", 1)
 
 
 def case(name: str) -> tuple[Callable, Callable, list[Tensor]]:
@@ -144,8 +144,8 @@ def test_hessian_vector_products_equal_plain_pytorch(
     name: str, block: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By both routes and the joint functions; with every tangent, with each alone, with each missing (not zero)."""
-    monkeypatch.setattr(REFERENCE, "BLOCK", block)
-    monkeypatch.setattr(REFERENCE, "TILE", size)
+    monkeypatch.setattr(TILES, "BLOCK", block)
+    monkeypatch.setattr(TILES, "TILE", size)
     ours, plain, x = case(name)
     v = [rand(*t.shape) for t in x]
     for given in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0)):
@@ -192,7 +192,7 @@ def test_heads_in_transposed_memory_and_an_expanded_cotangent() -> None:
 @pytest.mark.parametrize("T", [63, 65, 129])
 @pytest.mark.parametrize("options", [{}, dict(window=17, softcap=2.0)], ids=["plain", "window and softcap"])
 def test_bfloat16_is_as_good_as_pytorch(T: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(REFERENCE, "BLOCK", 48)
+    monkeypatch.setattr(TILES, "BLOCK", 48)
     inputs = [draw(1, heads, T, 64, seed=i) for i, heads in enumerate((4, 2, 2))]
     assert_as_good_as_torch(
         lambda *x: flash_attention(*x, **options), lambda *x: plain_attention(*x, **options), inputs, torch.bfloat16
@@ -272,8 +272,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["reverse over reverse", "forward over reverse", "dual pass"])
 def test_memory_is_linear_in_the_tokens(options: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of any of the functions has more than BLOCK elements a token, however many heads there are."""
-    monkeypatch.setattr(REFERENCE, "BLOCK", 16)
-    monkeypatch.setattr(REFERENCE, "TILE", 16 * 96)
+    monkeypatch.setattr(TILES, "BLOCK", 16)
+    monkeypatch.setattr(TILES, "TILE", 16 * 96)
     given = dict(options)
     for T in (96, 192, 384):
         if "borders" in options:
@@ -290,7 +290,7 @@ def test_memory_is_linear_in_the_tokens(options: dict[str, Any], mode: str, monk
 
 
 def test_a_window_reads_only_the_keys_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(REFERENCE, "BLOCK", 16)
+    monkeypatch.setattr(TILES, "BLOCK", 16)
     x = [rand(1, 1, 512, 1).requires_grad_() for _ in range(3)]
     with Largest() as largest:
         forward_over_reverse(partial(flash_attention, window=17), x, x, bare=True)
@@ -305,7 +305,8 @@ def test_a_mask_is_a_value() -> None:
     assert packed == Mask(((0, 0, 4), (0, 4, 6)), None, 2.0)
     assert hash(packed) == hash(Mask.of(1, 6, cu_seqlens=torch.tensor([0, 4, 6]), softcap=2.0))
     assert tree_leaves(packed) == [packed]
-    assert not packed.covers(1, 6) and Mask.of(2, 3).covers(2, 3) and not Mask.of(2, 3).covers(3, 3)
+    assert packed.covers(1, 6) and Mask.of(2, 3).covers(2, 3) and not Mask.of(2, 3).covers(3, 3)
+    assert not Mask.of(2, 3, key_padding=padding(3, (0, 3), (1, 3))).covers(2, 3)
     assert Mask.of(2, 3, key_padding=padding(3, (0, 3), (0, 3))).covers(2, 3)
     assert Mask.of(1, 6, window=5).window == 5 and Mask.of(1, 6, window=6).window is None
 
