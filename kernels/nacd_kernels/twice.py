@@ -26,6 +26,7 @@ derivatives, reverse-over-forward) raises; nothing is dropped in silence. The fu
 autocast, whatever transform, checkpoint or mode the op is called under: `torch.func.vmap` loops over its batch.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -223,6 +224,11 @@ class _Dual:
 
 class _Function(torch.autograd.Function):
     """What the Functions here share: a batch of torch.func.vmap is gone through in a loop."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # what `apply` would find out anew in every call
+        vars(cls)["forward"].__func__.__signature__ = inspect.signature(cls.forward)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple, *args: Any) -> tuple[Tensors, Tensors]:
