@@ -81,7 +81,7 @@ EVERY = pytest.mark.parametrize("name", CASES)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and chunks even at test sizes."""
     # by module name: the package has functions of the same names
-    monkeypatch.setattr(sys.modules["nacd_kernels.flash_attention"], "BLOCK", 2)
+    monkeypatch.setattr(sys.modules["nacd_kernels.attention_tiles"], "BLOCK", 2)
     monkeypatch.setattr(sys.modules["nacd_kernels.linear_cross_entropy"], "CHUNK_ELEMENTS", 22)
 
 
