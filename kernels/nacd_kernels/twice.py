@@ -164,7 +164,6 @@ def twice_differentiable(
         def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
             ctx.dual, *rest = inputs
             stats = output if saves_output else output[1:]
-            ctx.mark_non_differentiable(*(x for x in output[1:] if not x.is_floating_point()))
             ctx.n_saved = len(stats)
             save(ctx, [*rest, *stats])
 

@@ -59,6 +59,7 @@ class Cubic:
         self.calls.append("backward_jvp")
         (_, w), x = inputs, self.unpack(stats)
         x_t, w_t = (torch.zeros_like(x) if t is None else t for t in tangents)
+        assert torch.equal(torch.zeros_like(x) if stats_t[-1] is None else stats_t[-1], 2 * x_t)
         dy_t = torch.zeros_like(x) if dy_t is None else dy_t
         dx_t = 6 * x * w**2 * x_t * dy + 6 * x**2 * w * w_t * dy + 3 * x**2 * w**2 * dy_t
         dw_t = 6 * x**2 * w * x_t * dy + 2 * x**3 * w_t * dy + 2 * x**3 * w * dy_t
@@ -105,6 +106,18 @@ def test_a_dual_pass_calls_the_pairs_and_gets_the_same(saves_output: bool, tange
     for a, b, want in zip(ours, theirs, plain, strict=True):
         torch.testing.assert_close(a, want)
         torch.testing.assert_close(b, want)
+
+
+def test_a_graph_keeps_no_tangents() -> None:
+    x, w = (rand(3, seed=i).requires_grad_() for i in (0, 1))
+    with forward_ad.dual_level(), bare_tangents():
+        y = Cubic(joint=True).op(forward_ad.make_dual(x, x.detach()), w)
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    nodes: list[Any] = [y.grad_fn, g.grad_fn]
+    for node in nodes:
+        while not hasattr(node, "dual"):  # a view that autograd put in between
+            node = node.next_functions[0][0]
+        assert node.dual.result is None and node.dual.tangents == node.dual.saved_t == () and node.dual.dy_t is None
 
 
 def test_pairs_are_for_dual_passes_only() -> None:
