@@ -18,11 +18,10 @@ M rows, m supervised rows of a chunk, D hidden, V vocabulary. Extra memory O(chu
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .checks import check, check_frozen, check_like
 from .dispatch import use_triton
-from .twice import Tensors, add, autocast, times, twice_differentiable
+from .twice import Tensors, add, autocast, times, twice_differentiable, wants_gradient
 
 IGNORE = -100
 CHUNK_ELEMENTS = 2**24  # logits and their tangents at a time: 64 MB in float32
@@ -233,13 +232,6 @@ def backward_jvp(
 
 
 _op = twice_differentiable(forward, backward, jvp, backward_jvp, differentiable=1, forward_dual=forward_dual)
-
-
-def wants_gradient(h: Tensor) -> bool:
-    """Whether a derivative of the loss can still be asked for: whether u is worth its product."""
-    if torch._C._are_functorch_transforms_active():  # in there h does not tell of the outer transforms
-        return True
-    return (h.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(h).tangent is not None
 
 
 def linear_cross_entropy(

@@ -285,6 +285,13 @@ def tangent_of(x: Any) -> Maybe:
     return forward_ad.unpack_dual(x).tangent if isinstance(x, Tensor) else None
 
 
+def wants_gradient(x: Tensor) -> bool:
+    """Whether a derivative with respect to x can still be asked for."""
+    if torch._C._are_functorch_transforms_active():  # in there x does not tell of the outer transforms
+        return True
+    return (x.requires_grad and torch.is_grad_enabled()) or tangent_of(x) is not None
+
+
 def plain(x: Tensor) -> AbstractContextManager:
     """No autocast: an op's functions compute in the types they are given."""
     kind = x.device.type
