@@ -21,6 +21,7 @@ import torch
 PACKAGES = (
     *("torch", "triton", "transformers", "peft", "bitsandbytes", "numpy", "safetensors"),
     *("zipnn", "pcodec", "zstandard", "torchopt", "higher", "liger-kernel", "unsloth", "jvp-flash-attention"),
+    *("faiss-cpu", "pykeops"),
 )
 FLUSH_BYTES = 2**28  # written between two timings on a GPU, so that none finds its inputs in the L2 cache
 FIELDS = ("bench", "case", "metric", "value", "unit", "peer", "threads", "device", "versions", "commit")
