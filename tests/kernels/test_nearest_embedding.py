@@ -136,6 +136,11 @@ def test_a_query_too_large_for_the_type_of_the_table(backend: str) -> None:
     assert_exact(1e6 * rand(5, 8), rand(50, 8, seed=1).half())
 
 
+def test_queries_that_the_type_of_the_table_rounds(backend: str) -> None:
+    """Which row is nearest turns on what bfloat16 takes from the query."""
+    assert_exact(1 + 3e-3 * rand(300, 16), (1 + 3e-2 * rand(900, 16, seed=1)).bfloat16())
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_products_in_less_than_float32(precision: str) -> None:
     """With an error bound for the precision that PyTorch was told to multiply in."""
@@ -147,10 +152,10 @@ def test_products_in_less_than_float32(precision: str) -> None:
 
 
 def test_batches_and_strides(backend: str) -> None:
-    p, table = rand(2, 3, 16).transpose(0, 1), rand(40, 32, seed=1)[:, ::2]
+    p, table = rand(2, 3, 160).transpose(0, 1), rand(40, 320, seed=1)[:, ::2]
     for k in (1, 2):
         index, distance = nearest_embedding(p, table, k=k)
-        flat = nearest_embedding(p.reshape(6, 16), table.contiguous(), k=k)
+        flat = nearest_embedding(p.reshape(6, 160), table.contiguous(), k=k)
         assert index.shape == distance.shape == ((3, 2) if k == 1 else (3, 2, 2))
         assert torch.equal(index.flatten(), flat[0].flatten()) and torch.equal(distance.flatten(), flat[1].flatten())
 
