@@ -17,8 +17,8 @@ from .attention_mask import Mask
 from .twice import Maybe, Tensors
 
 BLOCK = 128  # query rows of a tile, at most
-TILE = 1 << 17  # scores of a tile for each thread, where several heads fit: what a core's cache holds
-# measured on one core at T = 130, 514 and 2048, d = 64: BLOCK 32..256, TILE 2^15..2^18
+TILE = 1 << 18  # scores of a tile for each thread, where several heads fit: what a core's cache holds
+# measured on one core at T = 130, 514 and 1026, d = 64: BLOCK 32..256, TILE 2^14..2^20
 
 
 class Tile(NamedTuple):
