@@ -11,23 +11,16 @@ Errors are cli.main's affair.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
+from ..arguments import Parser
 from ..errors import InputError
 from ..progress import byte_bar
 from .convert import convert
 from .layout import DEPTH
 from .reader import TrajectoryStore
 from .table import number, read_contents, render, to_json, unfinished, unfinished_bytes, weight_bytes
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong command line as any other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog.removeprefix('nacd ')}: {message}")
 
 
 def make_parser() -> Parser:
