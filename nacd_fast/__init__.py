@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .distilled import load_distilled
     from .unroll import unrolled_sgd
     from .updates import SGD, AdamW
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "AdamW", "__version__", "unrolled_sgd"]
+__all__ = ["SGD", "AdamW", "__version__", "load_distilled", "unrolled_sgd"]
 
-_MODULE_OF = {"unrolled_sgd": "unroll", "SGD": "updates", "AdamW": "updates"}
+_MODULE_OF = {"unrolled_sgd": "unroll", "load_distilled": "distilled", "SGD": "updates", "AdamW": "updates"}
 
 
 def __getattr__(name: str) -> Any:

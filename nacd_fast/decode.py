@@ -1,123 +1,150 @@
-"""The distilled set: prompt embeddings read back as the nearest tokens, and their text, beside the kept samples.
+"""Prompt embeddings -> nearest tokens -> text, which any other tokenizer can read.
 
-    <folder>/prompts.safetensors   prompts [n, k, D]: for a model with the same embedding table
-    <folder>/dataset.parquet       id, source, messages, prompt_ids, prompt_text, distance: for any other model
-    <folder>/config.json           how it was made
-    <folder>/README.md             a dataset card; datasets.load_dataset(folder) reads the folder as it is
+Each pseudo token becomes its nearest row of the embedding table, but never a special, added, unused or padded one. The
+k tokens of a prompt must spell text that survives: it is not empty, and is the same after the tokenizer has encoded and
+decoded it again. A byte-level token may be a piece of a character: then the prompt takes the next sequence by the sum
+of its distances, out of the CANDIDATES nearest tokens of each place, and the ranks of its tokens say so.
 
-Special, added, unused and padded rows of the table are never taken. Source: section 3.3 of the paper.
+n samples, k prompt tokens, V vocabulary, D width, c candidates. Source: section 3.3 of the paper.
 """
 
+import heapq
+import re
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import datasets
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nacd_kernels import nearest_embedding
 
-from .artifacts import folder_digest, open_stage, write_atomic
-from .config import ModelConfig
-from .data import Example, count_sources, digest
 from .errors import InputError
-from .student import embedding_table, load_model, model_digest
 
-CARD = """---
-configs:
-- config_name: default
-  data_files: dataset.parquet
-tags: [dataset-distillation, instruction-tuning]
----
+CANDIDATES = 8  # nearest tokens of a place
+TRIES = 256  # sequences of a prompt; the paper's two tokens have CANDIDATES**2 = 64
+# tokens that no text was meant to hold, where a tokenizer does not say that they are special (OPT's: <s>, <mask>, ..)
+PLACEHOLDER = re.compile(r"<(s|/s|pad|unk|mask|unused\d+)>|<\|.+\|>|\[unused\d+\]|madeupword\d{4}")
+REPLACEMENT = "\ufffd"  # what decoding writes for bytes that are no character
 
-# {n} distilled samples
 
-Each sample of `dataset.parquet` has {k} pseudo tokens learned by trajectory matching (NACD, arXiv 2504.09818) for the
-model `{model}`. `prompts.safetensors` holds them as embeddings [{n}, {k}, {width}], to be put in front of the embedded
-sample of a model with the same embedding table; `prompt_text` is the text of the nearest tokens, for any other model.
+class Token(NamedTuple):
+    """One pseudo token read back: the token taken, and the nearest of the others."""
 
-| source | samples |
-|---|---|
-{sources}
+    id: int
+    text: str
+    distance: float
+    rank: int
+    """How many ordinary tokens are nearer; they spell nothing together with their neighbours."""
+    next_id: int
+    next_text: str
+    next_distance: float
 
-Every sample keeps the licence of its source.
-"""
+    @property
+    def margin(self) -> float:
+        """How much further the other token is; negative where that is the nearer one."""
+        return self.next_distance - self.distance
+
+
+class Spelling(NamedTuple):
+    """A prompt read back."""
+
+    tokens: list[Token]
+    text: str
+    survives: bool
+    """The text is not empty, and the same after encoding and decoding."""
 
 
 def banned_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
-    """bool [rows]: rows of the embedding table that are no ordinary token: special, added, or beyond the tokenizer."""
+    """bool [rows]: rows of the table that are no ordinary token: special, added, unused, or beyond the tokenizer."""
     banned = torch.zeros(rows, dtype=torch.bool)
     banned[len(tokenizer) :] = True
     names = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), rows))))
-    unused = [i for i, name in enumerate(names) if name is None]
+    unused = [i for i, name in enumerate(names) if name is None or PLACEHOLDER.fullmatch(name)]
     for i in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, *unused}:
         if i < rows:
             banned[i] = True
     return banned
 
 
-def decode_prompts(
-    prompts: Tensor, table: Tensor, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Nearest token ids [n, k], their distances [n, k], and each prompt's text. prompts [n, k, D], table [V, D]."""
+def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def ids_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each text by itself. A special token's name in it is text, and no special token."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def survive(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Which texts are not empty, whole, and the same after this tokenizer has encoded and decoded them.
+
+    One blank in front does not count: SentencePiece puts one before any text, and takes it away again.
+    """
+    again = [text_of(ids, tokenizer) for ids in ids_of(texts, tokenizer)]
+    return [
+        bool(text) and REPLACEMENT not in text and other.removeprefix(" ") == text.removeprefix(" ")
+        for text, other in zip(texts, again, strict=True)
+    ]
+
+
+def sequences(distances: Sequence[Sequence[float]]) -> Iterator[tuple[int, ...]]:
+    """Ranks of one candidate for each place, by the sum of their distances [k][c], which ascend in c."""
+
+    def total(ranks: tuple[int, ...]) -> float:
+        return sum(row[rank] for row, rank in zip(distances, ranks, strict=True))
+
+    first = (0,) * len(distances)
+    heap, seen = [(total(first), first)], {first}
+    while heap:
+        _, ranks = heapq.heappop(heap)
+        yield ranks
+        for place, rank in enumerate(ranks):
+            further = (*ranks[:place], rank + 1, *ranks[place + 1 :])
+            if rank + 1 < len(distances[place]) and further not in seen:
+                seen.add(further)
+                heapq.heappush(heap, (total(further), further))
+
+
+def spell(ids: list[list[int]], distances: list[list[float]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ranks of the first sequence whose text survives, of candidates [k][c]; of the nearest tokens if none does."""
+    for tries, ranks in enumerate(sequences(distances)):
+        if tries == TRIES:
+            break
+        if survive([text_of([row[rank] for row, rank in zip(ids, ranks, strict=True)], tokenizer)], tokenizer)[0]:
+            return ranks
+    return (0,) * len(ids)
+
+
+def read_token(ids: Sequence[int], distances: Sequence[float], rank: int, tokenizer: PreTrainedTokenizerBase) -> Token:
+    """The candidate of that rank, and the nearest of the others (itself where there are none)."""
+    other = min(int(rank == 0), len(ids) - 1)
+    (taken, text), (next_id, next_text) = ((ids[i], text_of([ids[i]], tokenizer)) for i in (rank, other))
+    return Token(taken, text, distances[rank], rank, next_id, next_text, distances[other])
+
+
+def decode_prompts(prompts: Tensor, table: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[Spelling]:
+    """Every prompt read back; prompts [n, k, D], table [V, D]. Raises InputError if their widths differ."""
     n, k, width = prompts.shape
     if width != table.shape[1]:
         raise InputError(
             f"the prompts have width {width}, the model's embeddings {table.shape[1]}: they were made for another model"
         )
     banned = banned_ids(tokenizer, table.shape[0]).to(table.device)
-    index, distance = nearest_embedding(prompts.to(table.device).reshape(n * k, width), table, banned=banned)
-    index = index.view(n, k).cpu()
-    texts = [
-        tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in index.tolist()
-    ]
-    return index, distance.view(n, k).cpu(), texts
-
-
-def read_prompts(folder: Path, *, decoded: bool) -> Tensor | list[str]:
-    """The prompts of a distilled set, in the order of its samples: their texts, or their embeddings [n, k, D]."""
-    if decoded:
-        return list(datasets.Dataset.from_parquet(str(folder / "dataset.parquet"), keep_in_memory=True)["prompt_text"])
-    return load_file(folder / "prompts.safetensors")["prompts"]
-
-
-def run(folder: Path, model: ModelConfig, examples: Sequence[Example], matched: Path) -> Path:
-    """Write the distilled set of a finished matching folder; `examples` are its kept samples. Returns `folder`."""
-    prompts = load_file(matched / "prompts.safetensors")["prompts"]
-    if len(prompts) != len(examples):
-        raise InputError(f"{matched}: {len(prompts)} prompts for {len(examples)} kept samples")
-    inputs = {"matching": folder_digest(matched), "kept": digest(examples), "model": model_digest(model.path)}
-    with open_stage(folder, {"model": model.path, "dtype": model.dtype}, inputs) as stage:
-        if stage.finished:
-            return folder
-        base, tokenizer = load_model(model.path, model.dtype, model.device)
-        ids, distances, texts = decode_prompts(prompts, embedding_table(base), tokenizer)
-        table = datasets.Dataset.from_list(
-            [
-                {
-                    "id": e.id,
-                    "source": e.source,
-                    "messages": list(e.messages),
-                    "prompt_ids": i,
-                    "prompt_text": t,
-                    "distance": d,
-                }
-                for e, i, t, d in zip(examples, ids.tolist(), texts, distances.tolist(), strict=True)
-            ]
-        )
-        part = stage.work / "dataset.parquet"
-        table.to_parquet(part)
-        write_atomic(folder / "dataset.parquet", part.read_bytes())
-        write_atomic(folder / "prompts.safetensors", save({"prompts": prompts.contiguous()}))
-        sources = "\n".join(f"| {name} | {count} |" for name, count in count_sources(examples).items())
-        card = CARD.format(
-            n=len(prompts), k=prompts.shape[1], width=prompts.shape[2], model=model.path, sources=sources
-        )
-        write_atomic(folder / "README.md", card.encode())
-    return folder
+    count = min(CANDIDATES, int((~banned).sum()))
+    index, distance = nearest_embedding(prompts.to(table.device), table, banned=banned, k=count)
+    ids, distances = index.view(n, k, count).tolist(), distance.view(n, k, count).tolist()
+    nearest = survive([text_of([row[0] for row in rows], tokenizer) for rows in ids], tokenizer)
+    spellings = []
+    for i, fine in enumerate(nearest):
+        ranks = (0,) * k if fine else spell(ids[i], distances[i], tokenizer)
+        tokens = [read_token(*place, tokenizer) for place in zip(ids[i], distances[i], ranks, strict=True)]
+        text = text_of([token.id for token in tokens], tokenizer)
+        spellings.append(Spelling(tokens, text, fine or survive([text], tokenizer)[0]))
+    return spellings
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 from peft import PeftModel
 
-from . import decode, evaluate, experts, matching, report, tune
+from . import distilled, evaluate, experts, matching, report, tune
 from .artifacts import folder_digest, write_atomic, write_json
-from .config import ModelConfig, RunConfig
+from .config import ModelConfig, RunConfig, TransferConfig
 from .data import Example, encode_set, read_set
 from .selection import select as choose
 from .selection import stage as selection
@@ -57,7 +57,7 @@ ROWS = (
 )
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: RunConfig | TransferConfig) -> str:
     """The settings as a recipe file."""
 
     def plain(value: Any) -> Any:
@@ -121,17 +121,24 @@ class Job:
 
     def decode(self) -> None:
         for seed in self.config.seeds:
-            decode.run(
-                self.folder("distilled", seed), self.config.model, self.kept[seed], self.folder("matching", seed)
-            )
+            matched = self.folder("matching", seed)
+            stages = {
+                "selection": self.folder("selection", seed),
+                "experts": self.expert_folders()[0],
+                "matching": matched,
+            }
+            distilled.run(self.folder("distilled", seed), self.config.model, self.kept[seed], matched, stages)
 
     def tune(self) -> None:
         for row, seed in self.cells():
             if not row.train:
                 continue
             full = row.train == "full"
-            distilled = self.folder("distilled", seed)
-            prompts = None if row.prompts is None else decode.read_prompts(distilled, decoded=row.prompts == "decoded")
+            product = self.folder("distilled", seed)
+            prompts: tune.Prompts = None
+            if row.prompts:
+                found = distilled.load_distilled(product)
+                prompts = found.texts if row.prompts == "decoded" else found.prompts
             tune.run(
                 self.folder("tuned", seed, row.name),
                 self.model(row),
@@ -142,7 +149,7 @@ class Job:
                 seed,
                 epochs=self.config.tune.full_epochs if full else self.config.tune.epochs,
                 prompts=prompts,
-                inputs={} if row.prompts is None else {"distilled": folder_digest(distilled)},
+                inputs={} if row.prompts is None else {"distilled": folder_digest(product)},
                 label=f"{row.name}, seed {seed}",
             )
 

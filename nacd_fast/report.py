@@ -22,14 +22,14 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from markupsafe import Markup
-from transformers import PreTrainedTokenizerBase
+
+from nacd_kernels.dispatch import backend
 
 from . import codec, codec_cuda, comparison, plots
 from .artifacts import read_json, write_atomic
 from .comparison import TRANSFER, interval, label, number
 from .config import EvaluateConfig
 from .errors import InputError
-from .student import load_tokenizer
 
 STAGES = (  # name, its folders, what its time grows with (the paper's Table 5)
     ("Selection", "selection/*", "samples"),
@@ -47,8 +47,7 @@ CURVES = (
 )
 TRANSFER_ROWS = ("baseline", "random", "nacd_decoded")
 ONCE = ("baseline", "full", TRANSFER + "baseline")  # rows that need no cell for every seed
-DATASET_COLUMNS = ("id", "source", "messages", "prompt_ids", "prompt_text", "distance")
-BACKEND = "PyTorch reference ops (nacd_kernels), the only ones of this version"
+SAMPLE_COLUMNS = ("source", "messages", "prompt_tokens", "survives", "distance", "rank", "margin", "next_tokens")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
 SAMPLES = 6  # decoded samples shown of each seed
 SAMPLE_CHARS = 900  # shown of a turn
@@ -148,33 +147,34 @@ def read_curve(path: Path) -> list[dict[str, float]]:
 
 def read_dataset(path: Path) -> list[dict[str, Any]]:
     try:
-        return pq.read_table(path, columns=list(DATASET_COLUMNS)).to_pylist()
+        return pq.read_table(path, columns=list(SAMPLE_COLUMNS)).to_pylist()
     except (OSError, pa.ArrowException, KeyError) as error:
         raise InputError(
-            f"{path}: not a distilled set, which has the columns {', '.join(DATASET_COLUMNS)} "
+            f"{path}: not a distilled set, which has the columns {', '.join(SAMPLE_COLUMNS)} "
             f"({str(error).splitlines()[0]})"
         ) from None
 
 
-def sample(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+def sample(row: Mapping[str, Any]) -> dict[str, Any]:
     """One distilled sample as the paper's Figure 3 shows it: pseudo tokens, then the original turns."""
-    tokens = [tokenizer.decode([i]) for i in row["prompt_ids"]] if tokenizer else [row["prompt_text"]]
+    names = ("prompt_tokens", "distance", "margin", "next_tokens")
     return {
         "source": row["source"],
-        "prompt": tokens,
-        "distance": ", ".join(number(d) for d in row["distance"]),
+        "tokens": [
+            {"text": text, "distance": number(distance), "margin": number(margin, sign=True), "next": other}
+            for text, distance, margin, other in zip(*(row[name] for name in names), strict=True)
+        ],
         "turns": [(turn["role"].capitalize(), clip(turn["content"])) for turn in row["messages"]],
     }
 
 
-def tokenizer_of(run: Run) -> PreTrainedTokenizerBase | None:
-    """What splits a decoded prompt into its tokens; without it the prompt is shown as one text."""
-    path = str(run.setting("model.path", ""))
-    try:
-        return load_tokenizer(path) if path else None
-    except InputError as error:
-        run.missing.append(f"The tokens of a prompt one by one: {error}.")
-        return None
+def spelled(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Of a seed's prompts: how many took a further token than the nearest, and how many spell no text."""
+    return {
+        "all": len(rows),
+        "moved": sum(any(row["rank"]) for row in rows),
+        "lost": sum(not row["survives"] for row in rows),
+    }
 
 
 def clip(text: str) -> str:
@@ -241,7 +241,8 @@ def environment() -> dict[str, str]:
             continue
     gpu = torch.cuda.is_available()
     found["Device"] = torch.cuda.get_device_name() if gpu else f"CPU, {cpu_name()}"
-    found["Backend"] = BACKEND
+    ops = backend(torch.empty(0, device="cuda" if gpu else "cpu"))
+    found["Ops"] = f"nacd_kernels, {ops.name}: {ops.reason}"
     found["Trajectories"] = codec.backend() + (f"; {codec_cuda.explain()}" if gpu else "")
     found["Threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     found["System"] = f"{platform.system()} {platform.machine()}"
@@ -263,7 +264,6 @@ def context(run: Run) -> dict[str, Any]:
     resamples = int(run.setting("evaluate.bootstrap", EvaluateConfig.bootstrap))
     found = comparison.claims(run.cells, run.folder / "scores", resamples)
     sets = {seed: read_dataset(path) for seed, path in run.seed_folders("distilled", "dataset.parquet").items()}
-    tokenizer = tokenizer_of(run) if sets else None
     note_missing(run)
     costs = cost_table(run)
     return {
@@ -275,7 +275,8 @@ def context(run: Run) -> dict[str, Any]:
         "cells": [cell_line(run, row) for row in run.cells],
         "seeds": run.seeds,
         "fractions": sorted({c["fraction"] for row in run.cells.values() for c in row.values()}),
-        "samples": {seed: [sample(row, tokenizer) for row in rows[:SAMPLES]] for seed, rows in sets.items()},
+        "samples": {seed: [sample(row) for row in rows[:SAMPLES]] for seed, rows in sets.items()},
+        "spelled": {seed: spelled(rows) for seed, rows in sets.items()},
         "source_seeds": list(sets),
         "sources": source_table(sets) if sets else [],
         "costs": costs,

@@ -4,12 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nacd_fast import cli
+from nacd_fast import cli, load_distilled
 from nacd_fast.artifacts import read_json
 from nacd_fast.student import load_tokenizer
 from tests.job import make_job
@@ -44,20 +43,16 @@ def test_scores_has_a_row_for_every_method_and_seed(job: Path) -> None:
         assert s["fraction"] == {"baseline": 0.0, "full": 1.0}.get(s["method"], 5 / 16)
 
 
-def test_distilled_set_opens_with_datasets_and_matches_its_embeddings(job: Path) -> None:
+def test_the_distilled_set_is_of_the_kept_samples(job: Path) -> None:
     for seed in (0, 1):
-        folder = job / "distilled" / f"seed{seed}"
-        table = datasets.load_dataset(str(folder), split="train", cache_dir=str(job.parent / "cache"))
-        prompts = load_file(folder / "prompts.safetensors")["prompts"]
-        assert table.column_names == ["id", "source", "messages", "prompt_ids", "prompt_text", "distance"]
-        assert prompts.shape == (len(table), 2, 32) and len(table) == 5
-        tokenizer = load_tokenizer("demo")
-        assert [tokenizer.decode(ids) for ids in table["prompt_ids"]] == list(table["prompt_text"])
-        special = set(tokenizer.all_special_ids)
-        assert not special & {i for ids in table["prompt_ids"] for i in ids}
-        assert (job / "selection" / f"seed{seed}" / "ids.txt").read_text().split() == list(table["id"])
-    card = (job / "distilled" / "seed0" / "README.md").read_text()
-    assert "| test | 5 |" in card
+        found = load_distilled(job / "distilled" / f"seed{seed}")
+        assert found.prompts.shape == (len(found.samples), 2, 32) and len(found.samples) == 5
+        special = set(load_tokenizer("demo").all_special_ids)
+        assert not special & {i for ids in found.samples["prompt_ids"] for i in ids}
+        assert (job / "selection" / f"seed{seed}" / "ids.txt").read_text().split() == list(found.samples["id"])
+        made = found.made
+        assert (made["selection"]["seed"], made["matching"]["seed"], made["experts"]["seed"]) == (seed, seed, 0)
+    assert "| test | 5 | that of the source |" in (job / "distilled" / "seed0" / "README.md").read_text()
 
 
 def test_seeds_differ_and_experts_are_shared(job: Path) -> None:

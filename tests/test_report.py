@@ -100,9 +100,12 @@ def make_run(folder: Path, seeds: tuple[int, ...] = SEEDS, iterations: int = 120
             {
                 "id": f"train-{seed}-{i}",
                 "source": f"p3/source {i % 10}",
-                "prompt_ids": [300 + i, 900],
-                "prompt_text": f" decoded {i}",
+                "prompt_tokens": [f" decoded {i}", " why"],
+                "survives": i != 7,
                 "distance": [0.25, 1.5 + i],
+                "rank": [0, int(i == 3)],
+                "margin": [0.125, 0.5 if i != 3 else -0.5],
+                "next_tokens": [" other", " runner-up"],
                 "messages": [
                     {"role": "user", "content": f"Question {i} of seed {seed}?"},
                     {"role": "assistant", "content": f"Answer {i}"},
@@ -182,14 +185,15 @@ def test_page_is_whole(whole: Path) -> None:
         "transformers",
         "runs/made-up",
         "β = 0.5",
-        "PyTorch reference",
+        "nacd_kernels, reference",
     ):
         assert part in text, part
     assert "Not in this report" not in text
     assert sum(tag == "svg" for tag, _ in page.tags) == 5  # scores, L, L_distill, L_reg, alpha
     assert sum(tag == "article" for tag, _ in page.tags) == 6 * len(SEEDS)
     assert "Question 5 of seed 1?" in text and "Question 6 of seed 1?" not in text
-    assert "distance 0.250, 6.500" in text  # of the sixth sample
+    assert "0.250; other +0.125" in text and "6.500; runner-up +0.500" in text and "4.500; runner-up −0.500" in text
+    assert "the first 6 of 30: 1 took further tokens, 1 spell no text" in text
 
 
 def test_versions_are_those_of_the_report(whole: Path) -> None:
@@ -333,16 +337,6 @@ def test_one_seed_and_no_choices(tmp_path: Path) -> None:
     report.run(folder)
     text = plain(page_of(folder).text)
     assert "±" not in text.split("Mean ±")[0] and "of 1 seed (" in text
-
-
-def test_prompt_is_one_text_without_the_tokenizer(copy: Path) -> None:
-    settings = yaml.safe_load((copy / "config.yaml").read_text())
-    settings["model"]["path"] = str(copy / "no-model")
-    (copy / "config.yaml").write_text(yaml.safe_dump(settings))
-    (copy / "no-model").mkdir()
-    report.run(copy)
-    text = page_of(copy).text
-    assert "decoded 4" in text and "The tokens of a prompt one by one" in text
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,7 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nacd_fast.artifacts import file_digest
+from nacd_fast import distilled
+from nacd_fast.artifacts import file_digest, open_stage, write_atomic
+from nacd_fast.config import ModelConfig
 from nacd_fast.data import Example
 from nacd_fast.student import load_tokenizer
 
@@ -131,3 +135,12 @@ def tree_digests(folder: Path) -> dict[str, str]:
         for p in sorted(folder.rglob("*"))
         if p.is_file() and p.name != "timing.json"
     }
+
+
+def make_distilled(folder: Path, model: str, examples: list[Example], prompts: Tensor) -> Path:
+    """The distilled set of a matching stage that left `prompts`; returns the set's folder."""
+    matched = folder / "matching"
+    with open_stage(matched, {"inner_steps": 6, "seed": 3}):
+        write_atomic(matched / "prompts.safetensors", save({"prompts": prompts}))
+    config = ModelConfig(path=model, device="cpu")
+    return distilled.run(folder / "distilled", config, examples, matched, {"matching": matched})
