@@ -3,9 +3,10 @@
     nacd distill --config demo --match.inner_steps 12     # a recipe (a file, or a name from recipes/) and overrides
     nacd match --config my.yaml --dry-run                 # what would be done
 
-`nacd report --out RUN` renders its report anew; `nacd store` looks into trajectory files, with flags of its own
-(store/command.py). The other flags are generated from the fields of config.py. Bad input is one sentence on stderr and
-exit status 2; --debug shows the traceback. Ctrl-C exits with 130, and the same command goes on where it stopped.
+`nacd report --out RUN` renders its report anew; `nacd transfer` tunes a model on a distilled set, with the fields of
+TransferConfig for flags. `nacd store` looks into trajectory files and `nacd export` writes a set for other trainers,
+with flags of their own. The other flags are generated from the fields of RunConfig. Bad input is one sentence on stderr
+and exit status 2; --debug shows the traceback. Ctrl-C exits with 130, and the same command goes on where it stopped.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 import yaml
 
 from . import __version__
-from .config import RunConfig
+from .config import RunConfig, TransferConfig
 from .errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -34,8 +35,16 @@ HELP = {
     "tune": "up to the tuned models",
     "evaluate": "up to the scores",
     "report": "the report of a run folder, from what is in it",
+    "transfer": "tune any model on a distilled set alone",
+    "export": "a distilled set as chat JSONL for TRL, Axolotl and LLaMA-Factory",
     "store": "inspect, verify or convert a trajectory file",
 }
+Settings = RunConfig | TransferConfig
+
+
+def settings_of(command: str) -> type[Settings]:
+    """What the flags and the recipe of a command set."""
+    return TransferConfig if command == "transfer" else RunConfig
 
 
 def recipe(name: str) -> str:
@@ -84,11 +93,11 @@ def make_parser(command: str) -> Any:
         "--dry-run", dest="dry_run", action="store_true", help="print the resolved settings and the plan; write nothing"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_class_arguments(RunConfig, None)
+    parser.add_class_arguments(settings_of(command), None)
     return parser
 
 
-def parse(command: str, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
+def parse(command: str, arguments: list[str]) -> tuple[Settings, bool, bool]:
     """The settings, and whether to --dry-run and to --debug. Raises InputError on unknown or ill-typed settings."""
     parser = make_parser(command)
     arguments = with_recipes(arguments)
@@ -102,7 +111,7 @@ def parse(command: str, arguments: list[str]) -> tuple[RunConfig, bool, bool]:
             raise cause from None
         raise InputError(" ".join(str(error).split())) from None
     values = {name: value for name, value in vars(found).items() if name not in ("config", "dry_run", "debug")}
-    return RunConfig(**values), found.dry_run, found.debug
+    return settings_of(command)(**values), found.dry_run, found.debug
 
 
 def be_quiet() -> None:
@@ -116,10 +125,15 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def execute(command: str, config: RunConfig, dry_run: bool) -> None:
-    from . import distill, report  # torch and transformers load only from here
+def execute(command: str, config: Settings, dry_run: bool) -> None:
+    from . import distill, report, transfer  # torch and transformers load only from here
 
     be_quiet()
+    if isinstance(config, TransferConfig):
+        print((distill.to_yaml(config) + "\n" if dry_run else "") + transfer.plan(config), flush=True)
+        if not dry_run:
+            print(f"transfer: {transfer.run(config)}")
+        return
     if dry_run:
         job = distill.Job(config)
         job.check()
@@ -151,6 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .store import command  # torch loads only from here
 
             command.run(given[1:])
+        elif given[0] == "export":
+            from . import export
+
+            be_quiet()
+            export.command(given[1:])
         else:
             config, dry_run, debug = parse(given[0], given[1:])
             execute(given[0], config, dry_run)
@@ -169,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nacd: {error.filename or given[0]}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = "" if given[0] == "store" else "; the same command goes on from here"
+        goes_on = "" if given[0] in ("store", "export") else "; the same command goes on from here"
         print(f"nacd: interrupted{goes_on}", file=sys.stderr)
         return 130
     return 0

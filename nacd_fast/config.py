@@ -229,3 +229,31 @@ class RunConfig:
         require(len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed")
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "without repetition")
         require(all(0 <= seed < 2**32 for seed in self.seeds), "seeds", self.seeds, "from 0 to 2**32 - 1 each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """Tuning on a distilled set alone, of any model."""
+
+    distilled: str
+    """Folder of the distilled set: `runs/demo/distilled/seed0`, say."""
+    validation: str
+    """Split that the epoch is chosen on: a file, a folder, a hub name, or `demo`."""
+    out: str = "runs/transfer"
+    """Folder for the adapter and the log."""
+    prompts: Literal["decoded", "embeddings", "none"] = "decoded"
+    """What goes in front of each sample: the prompts' text; their embeddings, for the model they were learned for."""
+    seed: int = 0
+    """Draws the adapters and the order of the samples."""
+    template: Literal["plain", "chat"] = "plain"
+    """`plain` is the paper's `User: ... Assistant: ...`; `chat` is the tokenizer's own template."""
+    max_tokens: int = 1024
+    """Longer samples are cut; at least one token of the last response is always kept."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model that is tuned."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    """The training; full_epochs is not used."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1")
+        require(self.max_tokens >= 8, "max_tokens", self.max_tokens, "at least 8")

@@ -126,6 +126,7 @@ def test_one_file_for_two_splits(recipe: Path, here: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("arguments", [["--config", "demo"], ["--config=demo"]])
 def test_a_recipe_is_found_by_its_name(arguments: list[str]) -> None:
     config, _, _ = cli.parse("distill", [*arguments, "--match.iterations", "7"])
+    assert isinstance(config, RunConfig)
     assert (config.match.iterations, config.match.span_steps) == (7, 24)
 
 
@@ -153,7 +154,7 @@ def test_report_of_a_folder_without_scores(here: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # runpy: they are imported already
 @pytest.mark.parametrize(
-    "module", ["selection", "experts", "matching", "decode", "tune", "evaluate", "report", "distill"]
+    "module", ["selection", "experts", "matching", "decode", "tune", "evaluate", "report", "distill", "transfer"]
 )
 def test_every_stage_runs_as_a_module(
     module: str, here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
