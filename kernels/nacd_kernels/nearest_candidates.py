@@ -97,6 +97,17 @@ def scan(p: Tensor, table: Tensor, half: Tensor, p_squares: Tensor, largest: flo
     top = torch.finfo(dtype).max  # not infinity, the score of a banned row
     rows = chunk_rows(p.shape[0], table, dtype)
     room = p_wide.new_empty(p.shape[0], min(rows, table.shape[0]))
+    limit, waiting = best[:, -1], 0
+    hits: list[tuple[Tensor, Tensor, Tensor]] = []  # query, row, score
+
+    def hand_over() -> None:
+        """Those of the hits that the limit, which has come down meanwhile, still lets through."""
+        if hits:
+            query, row, score = (torch.cat(parts) for parts in zip(*hits, strict=True))
+            still = score <= limit[query]
+            found.add(query[still], row[still])
+            hits.clear()
+
     for start in range(0, table.shape[0], rows):
         part = table[start : start + rows]
         s = room[:, : part.shape[0]]
@@ -112,7 +123,13 @@ def scan(p: Tensor, table: Tensor, half: Tensor, p_squares: Tensor, largest: flo
             together = max(1, WAITING // part.shape[0])
         for queries, among in zip(open_.split(together), hit.split(together), strict=True):
             query, column = among.nonzero(as_tuple=True)
-            found.add(queries[query], column + start)
+            query = queries[query]
+            hits.append((query, column + start, s[query, column]))
+            waiting += query.numel()
+            if waiting > WAITING:
+                hand_over()
+                waiting = 0
+    hand_over()
 
 
 def score_dtype(p: Tensor, table: Tensor, p_squares: Tensor, largest: float) -> torch.dtype:
