@@ -171,7 +171,7 @@ def card(examples: Sequence[Example], prompts: Tensor, spellings: Sequence[Spell
         width=width,
         model=made["model"]["path"],
         spelled=how_spelled(spellings),
-        sources="\n".join(f"| {name} | {count} | {licence(name)} |" for name, count in counts),
+        sources="\n".join(f"| {name.replace('|', '&#124;')} | {count} | {licence(name)} |" for name, count in counts),
         made=yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True).rstrip(),
     )
 
