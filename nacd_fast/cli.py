@@ -126,13 +126,14 @@ def be_quiet() -> None:
 
 
 def execute(command: str, config: Settings, dry_run: bool) -> None:
-    from . import distill, report, transfer  # torch and transformers load only from here
+    from . import distill, distilled, report, transfer  # torch and transformers load only from here
 
     be_quiet()
     if isinstance(config, TransferConfig):
-        print((distill.to_yaml(config) + "\n" if dry_run else "") + transfer.plan(config), flush=True)
+        found = distilled.load_distilled(config.distilled)
+        print((distill.to_yaml(config) + "\n" if dry_run else "") + transfer.plan(config, found), flush=True)
         if not dry_run:
-            print(f"transfer: {transfer.run(config)}")
+            print(f"transfer: {transfer.run(config, found)}")
         return
     if dry_run:
         job = distill.Job(config)

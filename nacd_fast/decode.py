@@ -25,7 +25,7 @@ from .errors import InputError
 CANDIDATES = 8  # nearest tokens of a place
 TRIES = 256  # sequences of a prompt; the paper's two tokens have CANDIDATES**2 = 64
 # tokens that no text was meant to hold, where a tokenizer does not say that they are special (OPT's: <s>, <mask>, ..)
-PLACEHOLDER = re.compile(r"<(s|/s|pad|unk|mask|unused\d+)>|<\|.+\|>|\[unused\d+\]|madeupword\d{4}")
+UNUSED = re.compile(r"<(s|/s|pad|unk|mask|unused\d+)>|<\|.+\|>|\[unused\d+\]|madeupword\d{4}")
 REPLACEMENT = "\ufffd"  # what decoding writes for bytes that are no character
 
 
@@ -61,7 +61,7 @@ def banned_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
     banned = torch.zeros(rows, dtype=torch.bool)
     banned[len(tokenizer) :] = True
     names = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), rows))))
-    unused = [i for i, name in enumerate(names) if name is None or PLACEHOLDER.fullmatch(name)]
+    unused = [i for i, name in enumerate(names) if name is None or UNUSED.fullmatch(name)]
     for i in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, *unused}:
         if i < rows:
             banned[i] = True

@@ -14,7 +14,7 @@ from .artifacts import folder_digest, read_json
 from .config import DataConfig, TransferConfig
 from .data import read_set
 from .decode import survive
-from .distilled import Distilled, load_distilled
+from .distilled import Distilled
 from .errors import InputError
 from .student import load_tokenizer, model_digest
 
@@ -34,9 +34,8 @@ def prompts_of(distilled: Distilled, config: TransferConfig) -> tune.Prompts:
     return distilled.prompts
 
 
-def plan(config: TransferConfig) -> str:
+def plan(config: TransferConfig, distilled: Distilled) -> str:
     """One sentence on what would be trained, and how many prompts the model's tokenizer spells otherwise."""
-    distilled = load_distilled(config.distilled)
     text = f"tune {config.model.path} on {len(distilled.samples)} samples"
     if config.prompts == "decoded":
         changed = survive(distilled.texts, load_tokenizer(config.model.path)).count(False)
@@ -44,9 +43,8 @@ def plan(config: TransferConfig) -> str:
     return text
 
 
-def run(config: TransferConfig) -> Path:
+def run(config: TransferConfig, distilled: Distilled) -> Path:
     """Tune `config.model` on the set. Returns the folder with the adapter."""
-    distilled = load_distilled(config.distilled)
     return tune.run(
         Path(config.out),
         config.model,

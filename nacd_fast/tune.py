@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .artifacts import Stage, open_stage, read_json, write_atomic, write_json
 from .config import DataConfig, ModelConfig, TuneConfig
 from .data import IGNORE, Encoded, Example, digest, encode_set
+from .decode import ids_of
 from .errors import InputError, NonFiniteError
 from .losses import mean_nll
 from .store import TrajectoryStore, TrajectoryWriter
@@ -73,8 +74,8 @@ def put_in_front(texts: Sequence[str], rows: Sequence[Encoded], tokenizer: PreTr
 
     A prompt is tokenised by itself, so that no token grows across the border; what it spells is text, no special token.
     """
-    ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return [Encoded([*p, *row.input_ids], [IGNORE] * len(p) + row.labels) for p, row in zip(ids, rows, strict=True)]
+    prompts = ids_of(texts, tokenizer)
+    return [Encoded([*p, *row.input_ids], [IGNORE] * len(p) + row.labels) for p, row in zip(prompts, rows, strict=True)]
 
 
 def prepare(

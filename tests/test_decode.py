@@ -50,7 +50,7 @@ def test_special_added_and_padded_rows_are_banned() -> None:
     assert int(banned.sum()) == 4 + 1 + 7
 
 
-def test_placeholders_of_a_real_vocabulary_are_banned() -> None:
+def test_unused_tokens_of_a_real_vocabulary_are_banned() -> None:
     from transformers import GPT2Tokenizer
 
     tokenizer = GPT2Tokenizer.from_pretrained(shared("tokenizers/opt"), bos_token="</s>", eos_token="</s>")

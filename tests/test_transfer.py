@@ -62,6 +62,10 @@ def config(product: Path, validation: Path, model: str, out: Path, **change: Any
     )
 
 
+def run(settings: TransferConfig) -> Path:
+    return transfer.run(settings, load_distilled(settings.distilled))
+
+
 def tuned(folder: Path, model: str, prompts: Tensor | list[str] | None) -> Path:
     """What the run itself would have made of the kept samples."""
     return tune.run(
@@ -74,7 +78,7 @@ def tuned(folder: Path, model: str, prompts: Tensor | list[str] | None) -> Path:
 def test_another_model_is_tuned_as_in_the_run(
     product: Path, validation: Path, models: tuple[str, str], tmp_path: Path, prompts: Any
 ) -> None:
-    made = transfer.run(config(product, validation, models[1], tmp_path / "out", prompts=prompts))
+    made = run(config(product, validation, models[1], tmp_path / "out", prompts=prompts))
     texts = load_distilled(product).texts if prompts == "decoded" else None
     want = tuned(tmp_path / "want", models[1], texts)
     assert tree_digests(made / "adapter") == tree_digests(want / "adapter")
@@ -82,7 +86,7 @@ def test_another_model_is_tuned_as_in_the_run(
 
 
 def test_the_models_own_embeddings(product: Path, validation: Path, models: tuple[str, str], tmp_path: Path) -> None:
-    made = transfer.run(config(product, validation, models[0], tmp_path / "out", prompts="embeddings"))
+    made = run(config(product, validation, models[0], tmp_path / "out", prompts="embeddings"))
     want = tuned(tmp_path / "want", models[0], load_distilled(product).prompts)
     assert tree_digests(made / "adapter") == tree_digests(want / "adapter")
 
@@ -93,7 +97,7 @@ def test_embeddings_of_another_model_are_refused(
     with pytest.raises(
         InputError, match=rf"learned for the model {models[0]}, whose weights are not those of {models[1]}"
     ):
-        transfer.run(config(product, validation, models[1], tmp_path / "out", prompts="embeddings"))
+        run(config(product, validation, models[1], tmp_path / "out", prompts="embeddings"))
     assert not (tmp_path / "out").exists()
 
 
