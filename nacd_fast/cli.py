@@ -3,10 +3,11 @@
     nacd distill --config demo --match.inner_steps 12     # a recipe (a file, or a name from recipes/) and overrides
     nacd match --config my.yaml --dry-run                 # what would be done
 
-`nacd report --out RUN` renders its report anew; `nacd transfer` tunes a model on a distilled set, with the fields of
-TransferConfig for flags. `nacd store` looks into trajectory files and `nacd export` writes a set for other trainers,
-with flags of their own. The other flags are generated from the fields of RunConfig. Bad input is one sentence on stderr
-and exit status 2; --debug shows the traceback. Ctrl-C exits with 130, and the same command goes on where it stopped.
+`nacd report --out RUN` renders its report anew; `nacd select` chooses samples of a set, `nacd transfer` tunes a model
+on a distilled one, with the fields of SelectionConfig and TransferConfig for flags. `nacd store` looks into trajectory
+files and `nacd export` writes a set for other trainers, with flags of their own. The other flags are generated from the
+fields of RunConfig. Bad input is one sentence on stderr and exit status 2; --debug shows the traceback. Ctrl-C exits
+with 130, and the same command goes on where it stopped.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from typing import Any
 import yaml
 
 from . import __version__
-from .config import RunConfig, TransferConfig
+from .config import RunConfig, SelectionConfig, TransferConfig
 from .errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 HELP = {
     "distill": "the whole job",
-    "select": "the kept samples",
+    "select": "one selection by itself: which samples of a set are kept",
     "experts": "up to the expert trajectories",
     "match": "up to the learned prompts (Algorithm 1)",
     "decode": "up to the distilled set",
@@ -39,12 +40,13 @@ HELP = {
     "export": "a distilled set as chat JSONL for TRL, Axolotl and LLaMA-Factory",
     "store": "inspect, verify or convert a trajectory file",
 }
-Settings = RunConfig | TransferConfig
+Settings = RunConfig | SelectionConfig | TransferConfig
+OWN: dict[str, type[Settings]] = {"select": SelectionConfig, "transfer": TransferConfig}  # the others set RunConfig
 
 
 def settings_of(command: str) -> type[Settings]:
     """What the flags and the recipe of a command set."""
-    return TransferConfig if command == "transfer" else RunConfig
+    return OWN.get(command, RunConfig)
 
 
 def recipe(name: str) -> str:
@@ -127,6 +129,7 @@ def be_quiet() -> None:
 
 def execute(command: str, config: Settings, dry_run: bool) -> None:
     from . import distill, distilled, report, transfer  # torch and transformers load only from here
+    from .selection import command as selection
 
     be_quiet()
     if isinstance(config, TransferConfig):
@@ -134,6 +137,12 @@ def execute(command: str, config: Settings, dry_run: bool) -> None:
         print((distill.to_yaml(config) + "\n" if dry_run else "") + transfer.plan(config, found), flush=True)
         if not dry_run:
             print(f"transfer: {transfer.run(config, found)}")
+        return
+    if isinstance(config, SelectionConfig):
+        pool = selection.read_pool(config)
+        print((distill.to_yaml(config) + "\n" if dry_run else "") + selection.plan(config, pool), flush=True)
+        if not dry_run:
+            print(f"select: {selection.run(config, pool)}")
         return
     if dry_run:
         job = distill.Job(config)

@@ -55,6 +55,10 @@ class DataConfig:
     """`plain` is the paper's `User: ... Assistant: ...`; `chat` is the tokenizer's own template."""
     max_tokens: int = 1024
     """Longer samples are cut; at least one token of the last response is always kept."""
+    deduplicate: bool = True
+    """Of samples of the full set that say the same, only the first is taken."""
+    skip_empty: bool = False
+    """Leave out rows whose response is empty, instead of refusing the set."""
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 8, "data.max_tokens", self.max_tokens, "at least 8")
@@ -74,21 +78,79 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LessConfig:
+    """LESS (arXiv 2402.04333): influence of a sample on the target, by projected gradients. The paper's settings."""
+
+    warmup_fraction: float = 0.05
+    """Share of the pool that the adapters are warmed up on, drawn at random."""
+    warmup_epochs: int = 4
+    """Epochs of the warm-up; its state after each is a checkpoint that gradients are taken at."""
+    warmup_batch: int = 32
+    """Samples an optimiser step of the warm-up."""
+    warmup_lr: float = 2e-5
+    """AdamW's peak learning rate: it rises over the first 3 % of the steps and falls to 0, both linearly."""
+    dimensions: int = 8192
+    """Features a gradient is projected to."""
+    batch: int = 8
+    """Samples whose gradients come from one backward pass."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.warmup_fraction <= 1, "less.warmup_fraction", self.warmup_fraction, "in (0, 1]")
+        require(self.warmup_lr > 0, "less.warmup_lr", self.warmup_lr, "positive")
+        require(
+            self.dimensions >= 64 and self.dimensions % 64 == 0, "less.dimensions", self.dimensions, "a multiple of 64"
+        )
+        for name in ("warmup_epochs", "warmup_batch", "batch"):
+            require(getattr(self, name) >= 1, f"less.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DqConfig:
+    """Dataset quantization (arXiv 2308.10524): bins of falling submodular gain, sampled evenly."""
+
+    bins: int = 10
+    """Bins that the pool is divided into."""
+    block: int = 20_000
+    """Samples quantised at a time, drawn at random: the work grows with its square."""
+    batch: int = 32
+    """Samples embedded at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("bins", "block", "batch"):
+            require(getattr(self, name) >= 1, f"dq.{name}", getattr(self, name), "at least 1")
+        require(self.bins <= self.block, "dq.bins", self.bins, f"at most block={self.block}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectConfig:
     """Which samples of the full set are kept."""
 
-    method: Literal["random", "ids"] = "random"
-    """`random`, or `ids`: the list in `ids`."""
+    method: Literal["random", "stratified", "bm25", "dsir", "less", "dq", "ids"] = "random"
+    """`random`; `stratified`: at random, each source by its share; `bm25`, `dsir` and `less`: those that are most like
+    the target, by words, n-grams or gradients; `dq`: those that cover the set; `ids`: the list in `ids`."""
     fraction: float = 0.05
     """Share of the full set that is kept, in (0, 1]."""
     ids: str = ""
     """File with one sample id a line (method `ids`)."""
+    target: str = ""
+    """What is to be learned: a few samples of it, in the forms of `train`, or `arc_easy` or `mmlu` (methods `bm25`,
+    `dsir` and `less`). Never the test split."""
+    target_split: Literal["train", "validation"] = "validation"
+    """Split of the target, where it has several."""
+    model: str = ""
+    """Model whose gradients or embeddings are looked at (methods `less` and `dq`); empty: the one that is tuned."""
+    less: LessConfig = field(default_factory=LessConfig)
+    """Settings of method `less`."""
+    dq: DqConfig = field(default_factory=DqConfig)
+    """Settings of method `dq`."""
 
     def __post_init__(self) -> None:
         require(0 < self.fraction <= 1, "select.fraction", self.fraction, "in (0, 1]")
         require(
             (self.method == "ids") == bool(self.ids), "select.ids", self.ids, "given with method `ids` and only then"
         )
+        aims = self.method in ("bm25", "dsir", "less")
+        require(aims == bool(self.target), "select.target", self.target, "given with bm25, dsir and less and only then")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +291,9 @@ class RunConfig:
         require(len(self.seeds) >= 1, "seeds", self.seeds, "at least one seed")
         require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "without repetition")
         require(all(0 <= seed < 2**32 for seed in self.seeds), "seeds", self.seeds, "from 0 to 2**32 - 1 each")
+        target, test = (Path(path).expanduser().resolve() for path in (self.select.target, self.data.test))
+        leaks = bool(self.select.target) and target == test and test.is_file()
+        require(not leaks, "select.target", self.select.target, "another file than data.test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,5 +320,32 @@ class TransferConfig:
     """The training; full_epochs is not used."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1")
+        require(self.max_tokens >= 8, "max_tokens", self.max_tokens, "at least 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig(SelectConfig):
+    """One selection by itself: `nacd select`."""
+
+    pool: str = "demo"
+    """Full set: a file, a folder, a hub name, `demo`, or several of them with commas between."""
+    out: str = "runs/selection"
+    """Folder for the result; other finished selections beside it are compared with it."""
+    seed: int = 0
+    """Whatever is drawn is drawn from it."""
+    template: Literal["plain", "chat"] = "plain"
+    """How samples become tokens, as in `data.template` (methods `less` and `dq`)."""
+    max_tokens: int = 1024
+    """Longer samples are cut (methods `less` and `dq`)."""
+    deduplicate: bool = True
+    """Of samples that say the same, only the first is in the pool."""
+    skip_empty: bool = False
+    """Leave out rows whose response is empty, instead of refusing the set."""
+    lora: ModelConfig = field(default_factory=ModelConfig)
+    """The model of `less` and `dq` and its adapters; `model` is a short form of `lora.path`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2**32 - 1")
         require(self.max_tokens >= 8, "max_tokens", self.max_tokens, "at least 8")

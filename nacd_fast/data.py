@@ -1,21 +1,11 @@
-"""Instruction sets: rows -> examples -> supervised tokens -> batches.
-
-A row is one of
-    {"messages": [{"role": "user" | "assistant" | "system", "content": text}, ...]}
-    {"instruction", "input"?, "output"} (Alpaca), {"instruction", "context"?, "response"} (Dolly)
-    {"prompt", "completion"}
-each with, at will, `id`, `source` (or `dataset`, `template`, `category`), and `choices` with `answer`, the index of
-the right one. Flat forms are stripped of outer white space, since the template puts its own; messages stay as they are.
+"""Examples -> supervised tokens -> batches.
 
 Sizes: B batch, T tokens. Labels are as in Hugging Face models: aligned with the tokens, IGNORE where there is no loss.
 """
 
-import hashlib
-import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,26 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import DataConfig
 from .errors import InputError
-from .rows import SPLITS, Row, first_line, read_rows
+from .examples import Example
+from .rows import first_line
 
 IGNORE = -100
 BLOCK = 1000  # examples tokenised at a time: a tokenizer's raw results are large
-ROLES = ("user", "assistant", "system")
-FORMS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "completion"))
-SOURCE_KEYS = ("source", "dataset", "template", "category")
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's end, spelled out at the end of older prompt/completion files
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation; `choices` are candidates for its last response, `answer` the index of the right one."""
-
-    id: str
-    source: str
-    messages: tuple[dict[str, str], ...]
-    choices: tuple[str, ...] = ()
-    answer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,134 +30,6 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-
-
-# Reading
-
-
-def read_set(source: str, split: str) -> list[Example]:
-    """Every example of a set, in its order, with unique ids; missing ids are made: <file stem>-<line number>.
-
-    source: `demo`, a file, a folder, or a hub name `org/name` or `org/name:config`; split: one of SPLITS. In a folder
-    the files whose names begin with the split's are read; all of them, where none is named after any split.
-    """
-    if split not in SPLITS:
-        raise InputError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
-    examples: list[Example] = []
-    places: dict[str, str] = {}
-    for row in read_rows(source, split):
-        example = parse_row(row)
-        first = places.setdefault(example.id, row.place)
-        if first != row.place:
-            raise InputError(f"{row.place}: id {example.id!r} is also that of {first}; ids must be unique")
-        examples.append(example)
-    if not examples:
-        raise InputError(f"{source}: the set is empty")
-    return examples
-
-
-# Rows -> examples
-
-
-def parse_row(row: Row) -> Example:
-    value = row.value
-    if not isinstance(value, dict):
-        raise InputError(f"{row.place}: must be an object, not {type(value).__name__}")
-    given = value.get("id")
-    name = f"{row.stem}-{row.number}" if given is None else parse_id(given, row.place)
-    place = row.place if given is None else f"{row.place} (id {name!r})"
-    messages = parse_messages(value["messages"], place) if "messages" in value else flat_messages(value, place)
-    responses = [m["content"] for m in messages if m["role"] == "assistant"]
-    if not responses:
-        raise InputError(f"{place}: the conversation has no assistant turn")
-    if not responses[-1].strip():
-        raise InputError(f"{place}: the response is empty")
-    choices, answer = parse_choices(value, place)
-    source = next((value[key] for key in SOURCE_KEYS if value.get(key)), row.stem)
-    return Example(name, text(source, "source", place), messages, choices, answer)
-
-
-def parse_id(given: Any, place: str) -> str:
-    name = text(str(given) if type(given) is int else given, "id", place)
-    if name.splitlines() != [name] or name != name.strip() or name.startswith("#"):
-        raise InputError(f"{place}: id={name!r}: must be one line of text without outer blanks or a leading #")
-    return name
-
-
-def parse_messages(turns: Any, place: str) -> tuple[dict[str, str], ...]:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InputError(f"{place}: messages must be a list of objects with role and content")
-    for turn in turns:
-        if turn.get("role") not in ROLES:
-            raise InputError(f"{place}: role={turn.get('role')!r}: must be one of {', '.join(ROLES)}")
-    return tuple({"role": turn["role"], "content": text(turn.get("content"), "content", place)} for turn in turns)
-
-
-def flat_messages(value: dict[str, Any], place: str) -> tuple[dict[str, str], ...]:
-    """Question and response of one of FORMS; the question's context goes under it."""
-    for question, context, response in FORMS:
-        if question in value and response in value:
-            parts = [text(value.get(key), key, place).strip() for key in (question, context)]
-            reply = text(value[response], response, place).strip().removesuffix(END_OF_TEXT).strip()
-            return {"role": "user", "content": "\n".join(filter(None, parts))}, {"role": "assistant", "content": reply}
-    raise InputError(
-        f"{place}: unknown form with the keys {', '.join(map(str, value)) or '(none)'}; known are "
-        "messages, instruction + output, instruction + response, prompt + completion"
-    )
-
-
-def text(value: Any, name: str, place: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise InputError(f"{place}: {name} must be text, not {type(value).__name__}")
-    try:
-        (value or "").encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{place}: {name} holds half a surrogate pair, which is no character") from None
-    return value or ""
-
-
-def parse_choices(value: dict[str, Any], place: str) -> tuple[tuple[str, ...], int | None]:
-    choices, answer = value.get("choices"), value.get("answer")
-    if not choices:
-        return (), None  # without choices `answer` is some other column
-    if not isinstance(choices, list) or not all(text(c, "choice", place).strip() for c in choices):
-        raise InputError(f"{place}: choices must be a list of texts, none of them empty")
-    if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
-        raise InputError(f"{place}: answer={answer!r}: must be the index of one of the {len(choices)} choices, from 0")
-    return tuple(choices), answer
-
-
-# Examples
-
-
-def digest(examples: Iterable[Example]) -> str:
-    """SHA-256 over every field of every example, in order."""
-    total = hashlib.sha256()
-    for e in examples:
-        total.update(json.dumps([e.id, e.source, e.messages, e.choices, e.answer], sort_keys=True).encode() + b"\n")
-    return total.hexdigest()
-
-
-def count_sources(examples: Iterable[Example]) -> dict[str, int]:
-    """Samples by source, the largest first, then by name."""
-    counts = Counter(e.source for e in examples)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def choice_examples(example: Example) -> list[Example]:
-    """One example a choice, its text in place of the last response; ids <id>#<index>."""
-    last = max(i for i, m in enumerate(example.messages) if m["role"] == "assistant")
-    head, tail = example.messages[:last], example.messages[last + 1 :]
-    return [
-        replace(
-            example,
-            id=f"{example.id}#{n}",
-            choices=(),
-            answer=None,
-            messages=(*head, {"role": "assistant", "content": choice}, *tail),
-        )
-        for n, choice in enumerate(example.choices)
-    ]
 
 
 # Examples -> tokens

@@ -1,7 +1,7 @@
 """The whole job: data -> selection -> experts -> matching -> decode -> tune -> evaluate -> report, in one run folder.
 
     config.yaml             the settings
-    selection/seed0/        the kept samples
+    selection/seed0/        the kept samples (and selection.store/, what LESS keeps)
     experts/expert0/        trajectories on the full set, shared by all seeds
     matching/seed0/         prompts and alpha, with the curve
     distilled/seed0/        the product: prompts, their nearest tokens and the samples
@@ -23,10 +23,14 @@ from peft import PeftModel
 
 from . import distilled, evaluate, experts, matching, report, tune
 from .artifacts import folder_digest, write_atomic, write_json
-from .config import ModelConfig, RunConfig, TransferConfig
-from .data import Example, encode_set, read_set
-from .selection import select as choose
+from .config import ModelConfig, RunConfig, SelectionConfig, TransferConfig
+from .data import encode_set
+from .examples import Example, without_copies
+from .forms import read_set
+from .selection import check as check_selection
+from .selection import ids
 from .selection import stage as selection
+from .selection.method import Context, kept_count
 from .student import Student, add_lora, load_model, max_positions, resolve_device
 from .training import check_batch, check_lengths
 
@@ -57,7 +61,7 @@ ROWS = (
 )
 
 
-def to_yaml(config: RunConfig | TransferConfig) -> str:
+def to_yaml(config: RunConfig | SelectionConfig | TransferConfig) -> str:
     """The settings as a recipe file."""
 
     def plain(value: Any) -> Any:
@@ -74,13 +78,17 @@ class Job:
     def __init__(self, config: RunConfig):
         self.config, self.out = config, Path(config.out)
         self.full, self.validation, self.test = (
-            read_set(source, split)
+            read_set(source, split, skip_empty=config.data.skip_empty)
             for source, split in (
                 (config.data.train, "train"),
                 (config.data.validation, "validation"),
                 (config.data.test, "test"),
             )
         )
+        if config.data.deduplicate:
+            self.full = without_copies(self.full)
+        aim = config.select
+        self.target = read_set(aim.target, aim.target_split) if aim.target else []
         self.rows = [row for row in ROWS if config.transfer or not row.transfer]
         self.kept: dict[int, list[Example]] = {}
 
@@ -101,7 +109,14 @@ class Job:
 
     def select(self) -> None:
         for seed in self.config.seeds:
-            selection.run(self.folder("selection", seed), self.full, self.config.select, seed)
+            folder = self.folder("selection", seed)
+            ids = set(selection.run(folder, self.full, self.config.select, seed, self.context(seed)))
+            self.kept[seed] = [example for example in self.full if example.id in ids]
+
+    def context(self, seed: int) -> Context:
+        """What selection needs beside the full set."""
+        model = replace(self.config.model, path=self.config.select.model or self.config.model.path)
+        return Context(self.target, model, self.config.data, self.folder("selection.store", seed))
 
     def experts(self) -> None:
         for seed, folder in enumerate(self.expert_folders()):
@@ -188,17 +203,22 @@ class Job:
         Sizes against batches, starts against snapshots; that both models load, take the adapters and every sample.
         """
         config = self.config
-        for seed in config.seeds:
-            ids = set(choose(self.full, config.select, seed)[0])
-            self.kept[seed] = [example for example in self.full if example.id in ids]
+        check_selection(self.full, config.select, self.context(config.seeds[0]))
         check_batch("the full set", len(self.full), "experts.batch", config.experts.batch)
         for name, batch in (("match.batch", config.match.batch), ("tune.batch", config.tune.batch)):
-            check_batch("the kept set", len(self.kept[config.seeds[0]]), name, batch)
+            check_batch("the kept set", self.kept_count(), name, batch)
         matching.check_starts(config.match, config.experts, len(self.full))
         k = config.match.prompt_tokens
         Student(self.check_model(config.model, k))
         if config.transfer:  # a token of ours may be several of theirs
             self.check_model(replace(config.model, path=config.transfer), TRANSFER_GROWTH * k)
+
+    def kept_count(self) -> int:
+        """How many samples every selection keeps."""
+        config = self.config.select
+        if config.method == "ids":
+            return len(ids.listed(self.full, config.ids))
+        return kept_count(len(self.full), config.fraction)
 
     def check_model(self, model: ModelConfig, prompt_tokens: int) -> PeftModel:
         """The model with adapters, on the CPU, having seen that every sample behind its prompt fits its positions."""
@@ -219,7 +239,7 @@ class Job:
             "tune": [self.folder("tuned", s, row.name) for row, s in self.cells() if row.train],
             "evaluate": [self.folder("scores", s, row.name) for row, s in self.cells()],
         }
-        config, n, kept = self.config, len(self.full), len(self.kept[self.config.seeds[0]])
+        config, n, kept = self.config, len(self.full), self.kept_count()
         lines = [
             f"full set {n} samples, kept {kept}, validation {len(self.validation)}, test {len(self.test)}; "
             f"out {self.out}"

@@ -26,9 +26,11 @@ from torch import Tensor
 
 from .artifacts import Stage, folder_digest, open_stage, read_json, write_atomic
 from .config import ModelConfig
-from .data import Example, count_sources, digest, read_set
 from .decode import Spelling, decode_prompts
 from .errors import InputError
+from .examples import Example, count_sources, digest
+from .forms import read_set
+from .licences import licence
 from .student import embedding_table, load_model, model_digest
 from .training import model_settings
 
@@ -39,13 +41,6 @@ COLUMNS = (
 TOKEN_COLUMNS = (
     *("id", "place", "token_id", "token", "distance", "rank", "margin"),
     *("next_id", "next_token", "next_distance", "survives"),
-)
-LICENCES = (  # by how a source's name begins
-    ("dolly", "CC BY-SA 3.0"),
-    ("p3", "Apache-2.0"),
-    ("cot", "Apache-2.0"),
-    ("flan", "Apache-2.0"),
-    ("oasst", "Apache-2.0"),
 )
 CARD = """---
 configs:
@@ -112,10 +107,6 @@ def load_distilled(folder: str | Path) -> Distilled:
     if len(samples) != len(prompts):
         raise InputError(f"{folder}: {len(prompts)} prompts for {len(samples)} samples: must be one each")
     return Distilled(folder, samples, prompts, made)
-
-
-def licence(source: str) -> str:
-    return next((name for start, name in LICENCES if source.lower().startswith(start)), "that of the source")
 
 
 def sample_row(example: Example, spelling: Spelling) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .artifacts import file_digest, open_stage, read_json, write_json
 from .config import DataConfig, EvaluateConfig, ModelConfig
-from .data import IGNORE, Encoded, Example, choice_examples, digest, encode_set
+from .data import IGNORE, Encoded, encode_set
 from .errors import InputError, NonFiniteError
+from .examples import Example, choice_examples, digest
 from .intervals import Items, summarise, write_items
 from .losses import losses_by_length
 from .progress import progress_bar

@@ -17,8 +17,9 @@ from peft import PeftModel
 
 from .artifacts import open_stage, write_json
 from .config import DataConfig, ExpertConfig, ModelConfig
-from .data import Example, digest, encode_set
+from .data import encode_set
 from .errors import InputError
+from .examples import Example, digest
 from .store import TrajectoryWriter
 from .student import adapter_state, add_lora, load_model, max_positions, model_digest
 from .training import Observer, Samples, check_batch, check_lengths, data_settings, model_settings, train

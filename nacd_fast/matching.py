@@ -31,9 +31,10 @@ from nacd_kernels import nearest_embedding
 
 from .artifacts import folder_digest, open_stage, read_json, write_atomic, write_json
 from .config import DataConfig, ExpertConfig, MatchConfig, ModelConfig
-from .data import Encoded, Example, Packed, digest, encode_set, pack
+from .data import Encoded, Packed, encode_set, pack
 from .decode import banned_ids
 from .errors import InputError, NonFiniteError
+from .examples import Example, digest
 from .experts import TRAJECTORY, steps_per_epoch, total_steps
 from .progress import progress_bar
 from .store import TrajectoryStore

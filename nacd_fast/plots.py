@@ -31,6 +31,7 @@ COLOURS = {
 INK, MUTED, RULE, *SERIES = COLOURS
 PAPER = "#ffffff"
 BINS = 300  # points drawn of a curve: each the mean of its bin
+HISTOGRAM = 60  # bins
 SMOOTH = 20  # the bold line averages a twentieth of the curve
 
 STYLE: dict[Any, Any] = {
@@ -128,6 +129,23 @@ def running_mean(y: np.ndarray) -> np.ndarray:
     sums = np.concatenate([[0.0], np.cumsum(y)])
     low, high = np.maximum(np.arange(len(y)) - half, 0), np.minimum(np.arange(len(y)) + half + 1, len(y))
     return (sums[high] - sums[low]) / (high - low)
+
+
+def draw_histogram(name: str, xlabel: str, groups: Mapping[str, Sequence[float]]) -> str:
+    """How the values of each group are spread over the range of all, as shares of its own; finite ones only."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(5.0, 2.4), layout="constrained")
+        axes = bare_axes(figure)
+        finite = {label: np.asarray(values, float)[np.isfinite(values)] for label, values in groups.items()}
+        edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), HISTOGRAM)
+        for i, (label, values) in enumerate(finite.items()):
+            weights = np.full(len(values), 100 / max(1, len(values)))
+            axes.hist(values, edges.tolist(), weights=weights, color=SERIES[i], alpha=0.55, label=label)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel("% of the samples")
+        axes.grid(axis="x", visible=False)
+        axes.legend(frameon=False, fontsize=8, labelcolor=MUTED, borderpad=0)
+        return to_svg(figure, name)
 
 
 def draw_curves(name: str, title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:

@@ -1,9 +1,14 @@
-"""Raw rows of a set: .jsonl, .jsonl.gz, .json (a list, or one row a line) and .parquet files, folders, hub sets.
+"""Raw rows of a set: files, folders of them, hub sets.
+
+    .jsonl, .jsonl.gz, .json (a list, or one row a line), .parquet, .csv (its first line names the columns)
+    .tsv of FLAN's chains of thought: question, answer and rationale, without quotes, \\n for a line's end
 
 UTF-8 with or without a BOM, lines that end in LF or CRLF; blank lines are passed over.
 """
 
+import csv
 import gzip
+import io
 import json
 import re
 import zlib
@@ -17,7 +22,9 @@ from .artifacts import NOT_RESULTS
 from .errors import InputError
 
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".parquet", ".tsv", ".csv")
+TASKS = {"arc_easy": "allenai/ai2_arc:ARC-Easy", "mmlu": "cais/mmlu:all"}  # benchmarks by name: their hub sets
+COT = ("question", "answer", "rationale")  # columns of a .tsv
 NOT_DATA = {"config.json", *NOT_RESULTS}  # a stage's own files, in a folder that is read as a set
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 DEMO = Path(__file__).parent / "demo" / "data"
@@ -34,12 +41,15 @@ class Row:
 
 
 def read_rows(source: str, split: str) -> Iterator[Row]:
-    """The rows of `data.read_set`'s sources."""
+    """The rows of `forms.read_set`'s sources."""
+    if "," in source and not Path(source).expanduser().exists():
+        return chain.from_iterable(read_rows(part.strip(), split) for part in source.split(","))
     path = DEMO / f"{split}.jsonl" if source == "demo" else Path(source).expanduser()
     if path.is_dir():
         return chain.from_iterable(map(file_rows, folder_files(path, split)))
     if path.is_file():
         return file_rows(path)
+    source = TASKS.get(source, source)
     if HUB_NAME.fullmatch(source) and not source.endswith(SUFFIXES):
         return hub_rows(source, split)
     raise InputError(f"{source}: no such file or folder")
@@ -49,10 +59,15 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     files = sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and p.name not in NOT_DATA)
     if not files:
         raise InputError(f"{folder}: holds no {', '.join(SUFFIXES)} file")
-    named = {name: [p for p in files if p.name.startswith(name)] for name in SPLITS}
+    named = {name: [p for p in files if is_named(p, name)] for name in SPLITS}
     if any(named.values()) and not named[split]:  # the other splits' files must not leak into this one
-        raise InputError(f"{folder}: holds no file whose name begins with {split!r}, but has those of other splits")
+        raise InputError(f"{folder}: holds no file that is named {split!r}, but has those of other splits")
     return named[split] or files
+
+
+def is_named(path: Path, split: str) -> bool:
+    """The split begins the file's name, or is a word in it: train-00000-of-00002, ARC-Easy-train, gsm8k_train."""
+    return path.name.startswith(split) or split in re.split(r"[-_.]", path.name)
 
 
 def file_rows(path: Path) -> Iterator[Row]:
@@ -62,6 +77,8 @@ def file_rows(path: Path) -> Iterator[Row]:
     stem = path.name.removesuffix(suffix)
     if suffix == ".parquet":
         values, unit = parquet_values(path), "row"
+    elif suffix in (".tsv", ".csv"):
+        values, unit = (cot_values if suffix == ".tsv" else csv_values)(path), "line"
     else:
         data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
         is_list = suffix == ".json" and data.lstrip()[:1] == b"["
@@ -109,6 +126,35 @@ def parquet_values(path: Path) -> Iterator[tuple[int, Any]]:
         return enumerate(parquet.read_table(path).to_pylist(), 1)
     except (ArrowException, OSError) as error:
         raise InputError(f"{path}: not a Parquet file ({first_line(error)})") from None
+
+
+def read_text(path: Path) -> str:
+    data = read_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise InputError(f"{path}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
+
+
+def cot_values(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        cells = line.rstrip("\r").split("\t")
+        if len(cells) != len(COT) and line.strip():
+            raise InputError(f"{path}, line {number}: {len(cells)} columns: must be {len(COT)}, {', '.join(COT)}")
+        if line.strip():
+            yield number, {name: cell.replace("\\n", "\n") for name, cell in zip(COT, cells)}
+
+
+def csv_values(path: Path) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(f"{path}, line {reader.line_num}: must have {len(reader.fieldnames or ())} columns")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num + 1}: malformed CSV ({error})") from None
 
 
 def hub_rows(source: str, split: str) -> Iterator[Row]:

@@ -164,6 +164,9 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 class Observer:
     """What a stage does beside the steps."""
 
+    optimizer: torch.optim.Optimizer
+    """The rule whose steps are made; `train` puts it here."""
+
     def begin(self, step: int) -> None:
         """Training starts at `step`: 0, or that of the checkpoint it goes on from. Later results must be dropped."""
 
@@ -256,8 +259,13 @@ def make_optimizer(name: OptimizerName, parameters: list[nn.Parameter], lr: floa
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
 
-def make_arguments(work: Path, device: torch.device, steps: int, seed: int) -> TrainingArguments:
-    """One process, one device, nothing printed, nothing reported, nothing in the background."""
+def make_arguments(
+    work: Path, device: torch.device, steps: int, seed: int, rise: int | None = None
+) -> TrainingArguments:
+    """One process, one device, nothing printed, nothing reported, nothing in the background.
+
+    rise: the learning rate rises over so many steps and then falls to 0, both linearly; None: it is constant.
+    """
     if device.type == "cuda" and device.index not in (None, 0):
         raise InputError(
             f"model.device={str(device)!r}: must be cuda:0, the only one that the Trainer uses; choose "
@@ -269,7 +277,8 @@ def make_arguments(work: Path, device: torch.device, steps: int, seed: int) -> T
         max_steps=steps,
         per_device_train_batch_size=1,
         seed=seed,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant" if rise is None else "linear",
+        warmup_steps=rise or 0,
         max_grad_norm=0.0,
         save_strategy="no",
         eval_strategy="no",
@@ -309,18 +318,21 @@ def train(
     work: Path,
     label: str,
     observer: Observer,
+    rise: int | None = None,
 ) -> list[float]:
     """Make `steps` optimiser steps on the adapters, from the last checkpoint below `work` if there is one.
 
     Calls observer.begin once and observer.after after each step; the model then holds that step's adapters. Returns the
-    loss of every step from the first, before its update. Raises NonFiniteError with the step and the samples' ids.
+    loss of every step from the first, before its update. rise: as in `make_arguments`. Raises NonFiniteError with the
+    step and the samples' ids.
     """
     checkpoint = last_checkpoint(work)
     losses: list[float] = read_json(checkpoint / MARKER)["losses"] if checkpoint else []
-    observer.begin(len(losses))
-    arguments = make_arguments(work, model.device, steps, seed)
+    arguments = make_arguments(work, model.device, steps, seed, rise)
     batches = Batches(samples, batch, steps, seed, pad_id)
     rule = make_optimizer(optimizer, list(adapter_parameters(model).values()), lr)
+    observer.optimizer = rule
+    observer.begin(len(losses))
     with progress_bar(label, steps, len(losses)) as bar, deterministic(model.device):
         trainer = AdapterTrainer(
             model, batches, losses, args=arguments, optimizers=(rule, None), callbacks=[Follow(observer, bar, losses)]

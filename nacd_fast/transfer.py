@@ -12,10 +12,10 @@ from pathlib import Path
 from . import tune
 from .artifacts import folder_digest, read_json
 from .config import DataConfig, TransferConfig
-from .data import read_set
 from .decode import survive
 from .distilled import Distilled
 from .errors import InputError
+from .forms import read_set
 from .student import load_tokenizer, model_digest
 
 

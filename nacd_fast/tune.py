@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .artifacts import Stage, open_stage, read_json, write_atomic, write_json
 from .config import DataConfig, ModelConfig, TuneConfig
-from .data import IGNORE, Encoded, Example, digest, encode_set
+from .data import IGNORE, Encoded, encode_set
 from .decode import ids_of
 from .errors import InputError, NonFiniteError
+from .examples import Example, digest
 from .losses import mean_nll
 from .store import TrajectoryStore, TrajectoryWriter
 from .student import adapter_state, add_lora, load_adapter_state, load_model, max_positions, model_digest

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from nacd_fast.data import Example
+from nacd_fast.examples import Example
 from tests.tiny import make_examples, make_model
 
 SETTINGS = """\

@@ -201,19 +201,19 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert cli.main(["select", "--config", str(recipe)]) == 2
+        assert cli.main(["experts", "--config", str(recipe)]) == 2
     error = capsys.readouterr().err
-    assert error == "nacd: select: No space left on device\n"
+    assert error == "nacd: experts: No space left on device\n"
     assert (here / "run/selection/seed0/manifest.json").exists()
-    assert cli.main(["select", "--config", str(recipe)]) == 0
+    assert cli.main(["experts", "--config", str(recipe)]) == 0
     assert (here / "run/selection/seed1/manifest.json").exists()
 
 
 def test_other_settings_in_a_finished_folder_are_refused(
     recipe: Path, here: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert cli.main(["select", "--config", str(recipe)]) == 0
-    message = refused(["select", "--config", str(recipe), "--select.fraction", "0.5"], here, capsys)
+    assert cli.main(["experts", "--config", str(recipe)]) == 0
+    message = refused(["experts", "--config", str(recipe), "--select.fraction", "0.5"], here, capsys)
     assert "made with other settings (config.fraction=0.5, was 0.3)" in message
 
 

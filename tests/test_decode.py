@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nacd_fast.decode import CANDIDATES, REPLACEMENT, banned_ids, decode_prompts, ids_of, sequences, survive, text_of
 from nacd_fast.errors import InputError
 from nacd_fast.student import load_tokenizer
-from tests.test_data import shared
+from tests.sets import shared
 
 DEMO = load_tokenizer("demo")
 WIDTH = 8

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from nacd_fast import load_distilled
 from nacd_fast.artifacts import read_json
-from nacd_fast.distilled import COLUMNS, TOKEN_COLUMNS, licence
+from nacd_fast.distilled import COLUMNS, TOKEN_COLUMNS
 from nacd_fast.errors import InputError
+from nacd_fast.licences import licence
 from nacd_fast.student import load_model, load_tokenizer
 from tests.tiny import make_distilled, make_examples, make_model
 

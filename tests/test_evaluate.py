@@ -22,8 +22,10 @@ from transformers import (
 
 from nacd_fast import evaluate, losses
 from nacd_fast.config import DataConfig, EvaluateConfig, ModelConfig
-from nacd_fast.data import Example, choice_examples, encode, read_set
+from nacd_fast.data import encode
 from nacd_fast.errors import InputError, NonFiniteError
+from nacd_fast.examples import Example, choice_examples
+from nacd_fast.forms import read_set
 from nacd_fast.intervals import read_items
 from nacd_fast.student import add_lora, load_model, load_tokenizer
 

@@ -1,47 +1,48 @@
-"""The examples do what their docstrings claim, at --quick size, and leave their pictures."""
+"""What examples are: digests, counts, copies and candidates."""
 
-import importlib.util
-from pathlib import Path
-
-import pytest
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from nacd_fast.examples import Example, choice_examples, count_sources, digest, full_text, without_copies
+from nacd_fast.forms import read_set
+from tests.sets import talk, turn
 
 
-def run(name: str, out: Path) -> dict[str, float]:
-    """What the example's main returns; its picture is in `out`."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = module.main(["--quick", "--out", str(out)])
-    (picture,) = out.iterdir()
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    return found
+def test_digest_sees_every_field_and_the_order() -> None:
+    base = Example("a", "s", (turn("user", "q"), turn("assistant", "r")), ("r", "t"), 0)
+    other = [
+        Example("b", "s", base.messages, base.choices, 0),
+        Example("a", "t", base.messages, base.choices, 0),
+        Example("a", "s", base.messages[::-1], base.choices, 0),
+        Example("a", "s", base.messages, ("r",), 0),
+        Example("a", "s", base.messages, base.choices, 1),
+        Example("a", "s", base.messages, base.choices),
+    ]
+    assert len({digest([e]) for e in [base, *other]}) == 7
+    assert digest([base, other[0]]) != digest([other[0], base])
+    assert digest([base]) == "9555f2ac708aa7fd78226bc8f72107a756003baaecaaa03c93a26ed22a69898d"
 
 
-def test_distilled_digits_beat_random_ones_at_flat_memory(tmp_path: Path) -> None:
-    found = run("mtt_digits", tmp_path)
-    assert found["random"] + 0.05 < found["distilled"] < found["full"]
-    assert found["last loss"] < found["first loss"]
-    assert found["flat N=20"] < 1.4 * found["flat N=10"] and found["retained N=20"] > 1.6 * found["retained N=10"]
-    assert found["apart N=10"] < 1e-4 and found["apart N=20"] < 1e-4
+def test_count_sources_largest_first() -> None:
+    examples = [Example(str(i), s, ()) for i, s in enumerate("bcaacc")]
+    assert list(count_sources(examples).items()) == [("c", 3), ("a", 2), ("b", 1)]
+    assert sum(count_sources(read_set("demo", "train")).values()) == 2000
 
 
-def test_distilled_sentences_beat_random_ones(tmp_path: Path) -> None:
-    found = run("text_classification", tmp_path)
-    assert found["random"] + 0.02 < found["distilled"] < found["full"]
+def test_choice_examples_replace_the_last_response() -> None:
+    example = Example("x", "s", (*talk("a", "b", "c", "d").messages, turn("user", "e")), ("no", "d"), 1)
+    first, second = choice_examples(example)
+    assert [m["content"] for m in first.messages] == ["a", "b", "c", "no", "e"]
+    assert second.messages == example.messages
+    assert [(e.id, e.source) for e in (first, second)] == [("x#0", "s"), ("x#1", "s")]
+    assert not first.choices and first.answer is None
+    assert choice_examples(talk("a", "b")) == []
 
 
-def test_learned_rates_beat_the_best_fixed_one(tmp_path: Path) -> None:
-    found = run("maml_learning_rates", tmp_path)
-    assert found["learned"] < found["fixed"] < found["random"]
-    assert found["gain"] > 3 * found["spread"]
-    assert found["first rate"] > found["last rate"]
+def test_copies_say_the_same_whatever_they_are_called() -> None:
+    first, other = talk("a", "b", name="1"), talk("a", "c", name="3")
+    copy = Example("2", "elsewhere", (turn("user", " a\n"), turn("assistant", "b")), ("b",), 0)
+    assert without_copies([first, copy, other, first]) == [first, other]
+    swapped = Example("4", "s", (turn("system", "a"), turn("assistant", "b")))
+    assert without_copies([first, swapped]) == [first, swapped]
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_every_example_is_run(path: Path) -> None:
-    """Here, or in test_distilled.py."""
-    here, there = Path(__file__).read_text(), (Path(__file__).parent / "test_distilled.py").read_text()
-    assert f'run("{path.stem}"' in here or f'"{path.name}"' in there
+def test_full_text_is_every_turn() -> None:
+    assert full_text(talk("a", "b", "c", "d")) == "a\nb\nc\nd"

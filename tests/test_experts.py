@@ -12,8 +12,8 @@ import torch
 
 from nacd_fast import experts, losses, store, training
 from nacd_fast.config import DataConfig, ExpertConfig, ModelConfig
-from nacd_fast.data import Example
 from nacd_fast.errors import InputError, NonFiniteError
+from nacd_fast.examples import Example
 from nacd_fast.store import TrajectoryStore
 from nacd_fast.student import adapter_state, add_lora, load_model
 from tests.tiny import POSITIONS, at_call, kill_self, make_examples, make_model, run_killed, tree_digests

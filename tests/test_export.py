@@ -10,9 +10,9 @@ import yaml
 from transformers import AutoTokenizer
 
 from nacd_fast import cli, export
-from nacd_fast.data import read_set
 from nacd_fast.distilled import load_distilled
 from nacd_fast.errors import InputError
+from nacd_fast.forms import read_set
 from nacd_fast.student import load_model
 from tests.tiny import make_distilled, make_examples, make_model
 

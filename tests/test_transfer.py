@@ -12,11 +12,12 @@ from torch import Tensor
 from nacd_fast import cli, transfer, tune
 from nacd_fast.artifacts import read_json
 from nacd_fast.config import DataConfig, ModelConfig, TransferConfig, TuneConfig
-from nacd_fast.data import encode_set, read_set
+from nacd_fast.data import encode_set
 from nacd_fast.distilled import load_distilled
 from nacd_fast.errors import InputError
+from nacd_fast.forms import read_set
 from nacd_fast.student import load_model
-from tests.test_data import write_lines
+from tests.sets import write_lines
 from tests.test_decode import opt_and_llama
 from tests.tiny import make_distilled, make_examples, make_model, tree_digests
 

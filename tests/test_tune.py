@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nacd_fast import store, training, tune
 from nacd_fast.config import DataConfig, ModelConfig, TuneConfig
-from nacd_fast.data import Example, encode_set
+from nacd_fast.data import encode_set
 from nacd_fast.errors import InputError, NonFiniteError
+from nacd_fast.examples import Example
 from nacd_fast.losses import mean_nll
 from nacd_fast.student import adapter_state, load_model
 from tests.tiny import POSITIONS, WIDTH, WORDS, at_call, kill_self, make_examples, make_model, run_killed, tree_digests

@@ -24,7 +24,7 @@ from transformers import (
 from nacd_fast import distilled
 from nacd_fast.artifacts import file_digest, open_stage, write_atomic
 from nacd_fast.config import ModelConfig
-from nacd_fast.data import Example
+from nacd_fast.examples import Example
 from nacd_fast.student import load_tokenizer
 
 POSITIONS = 64

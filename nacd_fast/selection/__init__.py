@@ -1,24 +1,42 @@
-"""Which samples of the full set are kept. One file a method, one signature:
+"""Which samples of the full set are kept: one file a method, each with the signature of method.py."""
 
-    select(examples, config, seed) -> (ids, scores)
-
-ids: those kept, in the set's order; scores: one for every example of the set, in its order, larger where the method
-would rather keep it. Deterministic for one seed, whatever the platform.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..config import SelectConfig
-from ..data import Example
 from ..errors import InputError
-from . import ids, random
+from ..examples import Example
+from . import bm25, dq, dsir, ids, less, random, stratified
+from .method import Context, Method, Selected
 
-Method = Callable[[Sequence[Example], SelectConfig, int], tuple[list[str], list[float]]]
-METHODS: dict[str, Method] = {"random": random.select, "ids": ids.select}
+METHODS: dict[str, Method] = {
+    "random": random.select,
+    "stratified": stratified.select,
+    "bm25": bm25.select,
+    "dsir": dsir.select,
+    "less": less.select,
+    "dq": dq.select,
+    "ids": ids.select,
+}
 
 
-def select(examples: Sequence[Example], config: SelectConfig, seed: int) -> tuple[list[str], list[float]]:
+AIMED = ("bm25", "dsir", "less")  # those that look at the target
+LEARNED = ("less", "dq")  # those that look through a model
+
+
+def select(pool: Sequence[Example], config: SelectConfig, seed: int, context: Context) -> Selected:
     """The kept ids and everybody's scores, by the method that config names."""
-    if not examples:
+    return METHODS[config.method](pool, config, seed, context)
+
+
+def check(pool: Sequence[Example], config: SelectConfig, context: Context) -> None:
+    """What can be told before anything is computed or written. Raises InputError."""
+    if not pool:
         raise InputError("select: the set is empty; there is nothing to keep")
-    return METHODS[config.method](examples, config, seed)
+    if config.method in AIMED and not context.target:
+        raise InputError("select.target: the target is empty: must have at least one sample")
+    if config.method == "ids":
+        ids.listed(pool, config.ids)
+    elif config.method == "less":
+        less.check(pool, config.less, context)
+    elif config.method == "dq":
+        dq.check(pool, context)

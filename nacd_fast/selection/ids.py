@@ -4,24 +4,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import SelectConfig
-from ..data import Example
 from ..errors import InputError
+from ..examples import Example
+from .method import Context, Selected
 
 
-def select(examples: Sequence[Example], config: SelectConfig, seed: int) -> tuple[list[str], list[float]]:
+def select(pool: Sequence[Example], config: SelectConfig, seed: int, context: Context) -> Selected:
     """The samples listed in config.ids, with score 1, the others 0. `fraction` and `seed` have no say."""
-    lines = read_lines(Path(config.ids).expanduser())
-    known = {e.id for e in examples}
-    listed: dict[str, int] = {}
-    for number, name in lines:
+    names = listed(pool, config.ids)
+    return Selected([e.id for e in pool if e.id in names], [float(e.id in names) for e in pool])
+
+
+def listed(pool: Sequence[Example], path: str) -> set[str]:
+    """The ids in the file. Raises InputError where one is unknown or stands there twice."""
+    known = {e.id for e in pool}
+    found: dict[str, int] = {}
+    for number, name in read_lines(Path(path).expanduser()):
         if name not in known:
-            raise InputError(f"{config.ids}, line {number}: id {name!r} is not in the set of {len(examples)} samples")
-        if name in listed:
-            raise InputError(f"{config.ids}, line {number}: id {name!r} stands on line {listed[name]} already")
-        listed[name] = number
-    if not listed:
-        raise InputError(f"{config.ids}: lists no id")
-    return [e.id for e in examples if e.id in listed], [float(e.id in listed) for e in examples]
+            raise InputError(f"{path}, line {number}: id {name!r} is not in the set of {len(pool)} samples")
+        if name in found:
+            raise InputError(f"{path}, line {number}: id {name!r} stands on line {found[name]} already")
+        found[name] = number
+    if not found:
+        raise InputError(f"{path}: lists no id")
+    return set(found)
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

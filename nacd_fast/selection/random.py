@@ -3,14 +3,19 @@
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..config import SelectConfig
-from ..data import Example
+from ..examples import Example
+from .method import Context, Selected, best
 
 
-def select(examples: Sequence[Example], config: SelectConfig, seed: int) -> tuple[list[str], list[float]]:
+def draws(samples: int, seed: int) -> np.ndarray:
+    """One number in [0, 1) a sample: the same on every platform and Python version."""
+    draw = random.Random(seed)
+    return np.array([draw.random() for _ in range(samples)])
+
+
+def select(pool: Sequence[Example], config: SelectConfig, seed: int, context: Context) -> Selected:
     """round(fraction * n) samples, at least 1. For one seed, a larger fraction's subset holds the smaller one's."""
-    draw = random.Random(seed)  # its random() is the same on every platform and Python version
-    scores = [draw.random() for _ in examples]
-    count = max(1, round(config.fraction * len(examples)))
-    kept = sorted(range(len(examples)), key=lambda i: -scores[i])[:count]
-    return [examples[i].id for i in sorted(kept)], scores
+    return best(pool, draws(len(pool), seed), config.fraction)

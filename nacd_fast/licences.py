@@ -1,0 +1,17 @@
+"""Licences of published instruction sets, by how their sources are named (forms.py)."""
+
+LICENCES = (  # by how a source's name begins
+    ("dolly", "CC BY-SA 3.0"),
+    ("p3", "Apache-2.0"),
+    ("cot", "Apache-2.0"),
+    ("flan", "Apache-2.0"),
+    ("oasst", "Apache-2.0"),
+    ("arc", "CC BY-SA 4.0"),
+    ("mmlu", "MIT"),
+    ("alpaca", "CC BY-NC 4.0"),
+)
+
+
+def licence(source: str) -> str:
+    """What is known of a source's licence."""
+    return next((name for start, name in LICENCES if source.lower().startswith(start)), "that of the source")
