@@ -29,6 +29,14 @@ LABELS = {
     "nacd_embeddings": "NACD, embeddings",
     "nacd_decoded": "NACD, decoded",
 }
+SELECTIONS = {
+    "stratified": "Stratified",
+    "bm25": "BM25",
+    "dsir": "DSIR",
+    "less": "LESS",
+    "dq": "DQ",
+    "ids": "Listed",
+}
 ORDER = [*LABELS, *(TRANSFER + row for row in LABELS)]
 CLAIMS = {  # row: (set against, subject in the verdict, whether that is one thing)
     "full": ("random", "Training on the full set", True),
@@ -91,7 +99,10 @@ def percent(fraction: float) -> str:
 
 
 def label(cells: Cells, row: str) -> str:
-    return LABELS.get(row.removeprefix(TRANSFER)) or first(cells, row)["method"] or row
+    """What a row is called; the raw subset, whose row is `random`, by the method that selected it."""
+    method = first(cells, row)["method"]
+    name = row.removeprefix(TRANSFER)
+    return (SELECTIONS.get(method) if name == "random" else None) or LABELS.get(name) or method or row
 
 
 def first(cells: Cells, row: str) -> Cell:

@@ -181,11 +181,12 @@ class Job:
                 adapter,
                 f"score {row.name}, seed {seed}",
             )
+            raw = row.train == "kept" and not row.prompts
             fraction = {"full": 1.0, "kept": len(self.kept[seed]) / len(self.full), None: 0.0}[row.train]
             scores.append(
                 {
                     "row": row.name,
-                    "method": row.name.removeprefix("transfer_"),
+                    "method": self.config.select.method if raw else row.name.removeprefix("transfer_"),
                     "model": self.model(row).path,
                     "fraction": fraction,
                     "seed": seed,

@@ -68,7 +68,8 @@ GOOD = json.dumps({"prompt": "why is it", "completion": "a dog"})
     [
         ([GOOD, '{"prompt": "the", '], "line 2: malformed JSON"),
         ([GOOD, GOOD, json.dumps({"prompt": "the", "completion": " "})], "line 3"),
-        ([GOOD, GOOD], "the full set has 2 samples, fewer than experts.batch=4"),
+        ([GOOD, GOOD.replace("dog", "cat")], "the full set has 2 samples, fewer than experts.batch=4"),
+        ([GOOD, GOOD], "the full set has 1 samples, fewer than experts.batch=4"),  # a copy counts once
         ([json.dumps({"question": "the"})], "line 1"),
     ],
 )

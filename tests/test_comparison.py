@@ -112,3 +112,10 @@ def test_numbers() -> None:
     assert comparison.spread([1.0, 2.0], 2) == "1.50 ± 0.71" and comparison.spread([1.0], 2) == "1.00"
     assert comparison.interval([-1.0, 2.0], 1, sign=True) == "−1.0 to +2.0" and comparison.interval(None) == "–"
     assert comparison.percent(0.05) == "5\u00a0%"
+
+
+@pytest.mark.parametrize("method, name", [("random", "Random"), ("less", "LESS"), ("bm25", "BM25"), ("ids", "Listed")])
+def test_the_raw_subset_is_called_by_what_selected_it(method: str, name: str) -> None:
+    cells: comparison.Cells = {row: {0: {"method": method}} for row in ("random", "transfer_random")}
+    assert [comparison.label(cells, row) for row in cells] == [name, name]
+    assert comparison.label({"full": {0: {"method": "full"}}}, "full") == "FULL"
