@@ -74,7 +74,8 @@ def main() -> None:
         nll = {}
         for method in METHODS:
             at = folder / f"{method}{seed}"
-            config = SelectConfig(method=method, less=less, target="" if method == "random" else "arc_easy")
+            aim = "" if method == "random" else "arc_easy"
+            config = SelectConfig(method=method, less=less, target=aim)  # type: ignore[arg-type]
             ids = set(select(pool, config, seed, Context(target, model, DATA, at / "store")).ids)
             kept = [e for e in pool if e.id in ids]
             tuning = TuneConfig(lr=1e-3, batch=8)

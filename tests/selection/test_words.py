@@ -23,7 +23,7 @@ POOL = spoken(
     "cat|dog",
 )
 TARGET = [*spoken("why does copper turn green|copper reacts with oxygen", source="t")]
-TASKS = [*TARGET, *spoken("where do cats sleep|a cat sleeps under stones", "where is a dog|under it", source="u")]
+TASKS = [*TARGET, *spoken("where does iron sleep|a cat sleeps under the stone", "name a dog|dog and iron", source="u")]
 
 
 def test_bm25_is_the_best_task_s_mean() -> None:
