@@ -7,8 +7,10 @@ import pytest
 
 from nacd_fast.config import (
     DataConfig,
+    DqConfig,
     EvaluateConfig,
     ExpertConfig,
+    LessConfig,
     MatchConfig,
     ModelConfig,
     RunConfig,
@@ -85,6 +87,32 @@ def test_one_file_is_not_two_splits(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"data\.test='.*': must be another file than data\.train"):
             DataConfig(train=str(path), validation=str(other), test=same)
     DataConfig(train=str(path), validation=str(other), test=str(tmp_path))
+
+
+def test_nothing_is_selected_for_the_test_split(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in ("train", "validation", "test")]
+    paths[2].touch()
+    data = DataConfig(train=str(paths[0]), validation=str(paths[1]), test=str(paths[2]))
+    with pytest.raises(InputError, match=r"select\.target='.*': must be another file than data\.test"):
+        RunConfig(data=data, select=SelectConfig(method="bm25", target=f"{tmp_path}/./test.jsonl"))
+    RunConfig(data=data, select=SelectConfig(method="bm25", target=str(paths[1])))
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "says"),
+    [
+        (LessConfig, {"dimensions": 100}, "less.dimensions=100: must be a multiple of 64"),
+        (LessConfig, {"warmup_fraction": 0.0}, r"less.warmup_fraction=0.0: must be in \(0, 1\]"),
+        (LessConfig, {"warmup_lr": 0.0}, "less.warmup_lr=0.0: must be positive"),
+        (LessConfig, {"warmup_epochs": 0}, "less.warmup_epochs=0: must be at least 1"),
+        (LessConfig, {"batch": 0}, "less.batch=0: must be at least 1"),
+        (DqConfig, {"bins": 0}, "dq.bins=0: must be at least 1"),
+        (DqConfig, {"bins": 9, "block": 8}, "dq.bins=9: must be at most block=8"),
+    ],
+)
+def test_selection_limits(config: type, values: dict[str, float], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        config(**values)
 
 
 def test_a_folder_or_a_hub_set_has_all_splits(tmp_path: Path) -> None:

@@ -141,3 +141,25 @@ def test_a_changed_sample_makes_a_stage_refuse_its_old_result(
     finally:
         path.write_text(text)
     assert "made with other settings (inputs.examples=" in capsys.readouterr().err
+
+
+def test_a_job_takes_any_selection_by_name(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """LESS on the student's own model; its warm-up and gradients stay beside the selections."""
+    monkeypatch.chdir(job.parent)
+    less = {"warmup_fraction": "1", "warmup_batch": "8", "warmup_epochs": "1", "dimensions": "64"}
+    command = ["decode", "--config", "recipe.yaml", "--out", "by_less", "--seeds", "[1]", "--select.method", "less"]
+    command += ["--select.target", str(job.parent / "data" / "validation.jsonl")]
+    command += [part for name, value in less.items() for part in (f"--select.less.{name}", value)]
+    assert cli.main(command) == 0
+    run = job.parent / "by_less"
+    kept = (run / "selection/seed1/ids.txt").read_text().split()
+    assert len(kept) == 5 and kept == list(load_distilled(run / "distilled/seed1").samples["id"])
+    assert kept != (job / "selection/seed1/ids.txt").read_text().split()
+    stored = sorted(path.name.split("-")[0] for path in (run / "selection.store/seed1").iterdir())
+    assert stored == ["pool", "target", "warmup"]
+    before = tree_digests(run)
+    assert cli.main(command) == 0 and tree_digests(run) == before
+    assert cli.main([*command, "--select.less.dimensions", "128"]) == 2
+    assert "config.less.dimensions=128, was 64" in capsys.readouterr().err

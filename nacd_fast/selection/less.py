@@ -19,14 +19,15 @@ The warm-up and the pool's features serve any target; a finished one is reused. 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import get_linear_schedule_with_warmup
+from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from ..artifacts import folder_digest, open_stage, read_json, write_atomic, write_json
 from ..config import LessConfig, SelectConfig
@@ -44,7 +45,7 @@ from ..training import (
     steps_per_epoch,
     train,
 )
-from .features import Store
+from .features import Features, Store
 from .gradients import SampleGradients
 from .method import Context, Selected, best, check_fit, kept_count, tasks
 from .projection import Projection
@@ -169,6 +170,15 @@ def adam_steps(gradients: Tensor, moments: Sequence[Tensor], adam: Mapping[str, 
     return gradients
 
 
+class Loaded(NamedTuple):
+    """The model with what makes features of it."""
+
+    student: Student
+    tokenizer: PreTrainedTokenizerBase
+    gradients: SampleGradients
+    project: Projection
+
+
 class Finder:
     """Makes features at the checkpoints of a finished warm-up; the model loads when the first are missing."""
 
@@ -176,17 +186,14 @@ class Finder:
         self.warmup, self.config, self.seed, self.context = warmup, config, seed, context
         self.schedule = read_json(warmup / "schedule.json")
         self.rates: list[float] = self.schedule["rates"]
-        self.loaded: tuple[Student, Any] | None = None
 
-    def student(self) -> tuple[Student, Any]:
-        if self.loaded is None:
-            model = self.context.model
-            base, tokenizer = load_model(model.path, model.dtype, model.device)
-            student = Student(add_lora(base, model, self.seed))
-            self.gradients = SampleGradients(student)
-            self.project = Projection(self.config.dimensions, self.seed, student.device)
-            self.loaded = student, tokenizer
-        return self.loaded
+    @cached_property
+    def model(self) -> Loaded:
+        config = self.context.model
+        base, tokenizer = load_model(config.path, config.dtype, config.device)
+        student = Student(add_lora(base, config, self.seed))
+        project = Projection(self.config.dimensions, self.seed, student.device)
+        return Loaded(student, tokenizer, SampleGradients(student), project)
 
     def features(self, folder: Path, examples: Sequence[Example], *, adam: bool, label: str) -> Store:
         """Those of every checkpoint: of Adam's steps, or of the plain gradients."""
@@ -203,31 +210,30 @@ class Finder:
         with open_stage(folder, settings, inputs) as stage:
             if stage.finished:
                 return store
-            student, tokenizer = self.student()
-            rows, ids = encode_set(examples, tokenizer, self.context.data), [e.id for e in examples]
+            student = self.model.student
+            rows, ids = encode_set(examples, self.model.tokenizer, self.context.data), [e.id for e in examples]
             check_lengths(ids, rows, [0] * len(rows), max_positions(student.base))
             shard = max(1, min(SHARD, ROOM // sum(shape.numel() for shape in student.shapes.values())))
             with progress_bar(f"LESS {label}", len(rows) * len(self.rates)) as bar:
                 for number in range(1, len(self.rates) + 1):
-                    at = self.at_checkpoint(number, rows, adam)
-                    store.fill(stage, number, ids, shard, at, bar)
+                    store.fill(stage, number, ids, shard, self.at_checkpoint(number, rows, adam), bar)
         return store
 
-    def at_checkpoint(self, number: int, rows: Sequence[Encoded], adam: bool) -> Any:
+    def at_checkpoint(self, number: int, rows: Sequence[Encoded], adam: bool) -> Features:
         """(start, stop) -> features of those samples, at one checkpoint."""
-        student, _ = self.student()
+        student, _, gradients, project = self.model
         tensors = load_file(self.warmup / f"checkpoint{number}.safetensors")
         theta, *moments = (student.flatten(named(tensors, kind)) for kind in ("adapter", *MOMENTS))
 
         def features(start: int, stop: int) -> Tensor:
             out = theta.new_empty(stop - start, len(theta))
             for at in range(start, stop, self.config.batch):
-                chosen = slice(at, min(stop, at + self.config.batch))
-                batch = pack(rows[chosen], 0).to(student.device)
-                self.gradients(theta, batch, out[at - start : chosen.stop - start])
+                end = min(stop, at + self.config.batch)
+                batch = pack(rows[at:end], 0).to(student.device)
+                gradients(theta, batch, out[at - start : end - start])
             if adam:
                 adam_steps(out, moments, self.schedule["adam"], number * self.schedule["steps_per_epoch"])
-            return self.project(out)
+            return project(out)
 
         return features
 

@@ -22,18 +22,16 @@ from .method import Context, Selected
 
 def run(folder: Path, pool: Sequence[Example], config: SelectConfig, seed: int, context: Context) -> list[str]:
     """The kept ids, in the set's order. Bad input raises before anything is written."""
-    if (folder / "manifest.json").exists():
-        settings, inputs = key(pool, config, seed, context)
-        with open_stage(folder, settings, inputs):
-            return (folder / "ids.txt").read_text(encoding="utf-8").splitlines()
-    check(pool, config, context)
+    if not (folder / "manifest.json").exists():
+        check(pool, config, context)
     settings, inputs = key(pool, config, seed, context)
-    with open_stage(folder, settings, inputs):
-        found = select(pool, config, seed, context)
-        write_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in found.ids).encode())
-        write_atomic(folder / "scores.parquet", score_table(pool, found))
-        write_atomic(folder / "scores.svg", standalone(score_plot(pool, found)).encode())
-    return found.ids
+    with open_stage(folder, settings, inputs) as stage:
+        if not stage.finished:
+            found = select(pool, config, seed, context)
+            write_atomic(folder / "scores.parquet", score_table(pool, found))
+            write_atomic(folder / "scores.svg", standalone(score_plot(pool, found)).encode())
+            write_atomic(folder / "ids.txt", "".join(f"{name}\n" for name in found.ids).encode())
+    return (folder / "ids.txt").read_text(encoding="utf-8").splitlines()
 
 
 def key(
