@@ -6,6 +6,7 @@
 Unnormalised: a row and its exponent are the gradient's projection, rounded to 11 bits against its largest feature.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -65,7 +66,10 @@ class Store:
         if not new:
             return np.lib.format.open_memmap(path, mode="r+")
         path.parent.mkdir(parents=True, exist_ok=True)
-        return np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+        file = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+        with path.open("r+b") as f:  # a full disk is an error here; where the file is mapped it would be a crash
+            os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+        return file
 
     def unit_rows(self, checkpoint: int, start: int, stop: int) -> Tensor:
         """Rows start, .., stop - 1 over their lengths, float32 [stop - start, d]; a zero row stays zero."""

@@ -1,6 +1,8 @@
 """LESS: each step against an oracle, the whole against retraining without a sample, killed and resumed."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -296,6 +298,23 @@ def test_a_gradient_that_is_not_finite_names_its_sample(
     monkeypatch.setattr(less, "adam_steps", spoiled)
     with pytest.raises(NonFiniteError, match="the gradient of sample 'x0-2' at checkpoint 1 is not finite"):
         select(POOL, SelectConfig(method="less", target="t", less=LESS), 5, context(TARGET, model, tmp_path))
+
+
+def test_a_full_disk_is_an_error_before_anything_is_mapped(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    given, config = context(TARGET, model, tmp_path), SelectConfig(method="less", target="t", less=LESS)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            select(POOL, config, 5, given)
+    assert not (tmp_path / "pool" / "manifest.json").exists()
+    assert len(select(POOL, config, 5, given).scores) == 13
+    size = (tmp_path / "pool" / "features1.npy").stat()
+    assert size.st_blocks * 512 >= size.st_size  # no holes
 
 
 def test_what_check_refuses(model: str) -> None:
