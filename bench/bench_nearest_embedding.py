@@ -12,6 +12,8 @@ call adds to the resident memory of a process of its own. Indices are compared w
 `wrong` is how many of the queries a peer got wrong.
 """
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -149,6 +151,8 @@ def peak_of(case: str, P: int, args: Any, dtype: torch.dtype) -> int:
     """Bytes that one call adds to a process of its own that holds the queries, the table and its lengths."""
     p, table = problem(case, args.models, P, torch.device(args.device), dtype)
     nearest_embedding(p[:1], table)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else what loading a model left free, but resident, would be filled first
     reset_peak()
     before = peak_bytes()
     nearest_embedding(p, table)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from timing import Rows, parser
-from trajectories import smollm2
+from trajectories import saved_smollm2
 
 from nacd_fast import evaluate, tune
 from nacd_fast.config import DataConfig, EvaluateConfig, LessConfig, ModelConfig, SelectConfig, TuneConfig
@@ -59,10 +59,7 @@ def main() -> None:
         args.pool, args.test, args.seeds, args.epochs, args.dimensions = 300, 50, 1, 1, 64
     model = ModelConfig(path="demo", rank=8, lora_alpha=16.0, device=args.device)
     if args.smollm2:
-        base, tokenizer = smollm2(args.models)
-        base.save_pretrained(folder / "smollm2")
-        tokenizer.save_pretrained(folder / "smollm2")
-        model = replace(model, path=str(folder / "smollm2"))
+        model = replace(model, path=saved_smollm2(args.models, folder / "smollm2"))
     name = f"{'smollm2' if args.smollm2 else 'demo'} n{args.pool}"
     pool = pool_of(args.pool)
     validation, test = (read_set(str(SHARED / "arc_easy"), split) for split in ("validation", "test"))

