@@ -84,7 +84,7 @@ def exact_squares(p: Tensor, table: Tensor, query: Tensor, row: Tensor) -> Tenso
     """sum (p - t)^2 in float64 for pairs of a query and a row [n], a few at a time."""
     size = max(1, NUMBERS // max(1, p.shape[1]))
     pairs = zip(query.split(size), row.split(size), strict=True)
-    parts = [(p[q].double() - table[r].double()).square_().sum(-1) for q, r in pairs]
+    parts = [p[q].double().sub_(table[r].double()).square_().sum(-1) for q, r in pairs]  # p[q] is a copy
     return torch.cat(parts) if parts else p.new_zeros(0, dtype=torch.float64)
 
 
