@@ -17,12 +17,11 @@ from peft import PeftModel
 
 from .artifacts import open_stage, write_json
 from .config import DataConfig, ExpertConfig, ModelConfig
-from .data import encode_set
 from .errors import InputError
 from .examples import Example, digest
 from .store import TrajectoryWriter
-from .student import adapter_state, add_lora, load_model, max_positions, model_digest
-from .training import Observer, Samples, check_batch, check_lengths, data_settings, model_settings, train
+from .student import adapter_state, model_digest
+from .training import Observer, check_batch, data_settings, fresh_student, model_settings, train
 from .training import steps_per_epoch as steps_per_epoch  # of an expert, for the stages that read its trajectory
 
 TRAJECTORY = "trajectory.nacd"  # in an expert's folder
@@ -77,10 +76,7 @@ def run(
     per_epoch = steps_per_epoch(len(examples), config.batch)
     steps = total_steps(config, per_epoch)
     if not (folder / "manifest.json").exists():  # bad input must be found before the folder is made
-        base, tokenizer = load_model(model.path, model.dtype, model.device)
-        samples = Samples([e.id for e in examples], encode_set(examples, tokenizer, data))
-        check_lengths(samples.ids, samples.rows, [0] * len(examples), max_positions(base))
-        student = add_lora(base, model, seed)
+        student, samples, tokenizer = fresh_student(model, data, examples, seed)
     with open_stage(
         folder, settings(model, data, config, seed), {"train": digest(examples), "model": model_digest(model.path)}
     ) as stage:

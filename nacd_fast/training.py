@@ -28,16 +28,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from .artifacts import file_digest, read_json, write_json
 from .config import DataConfig, ModelConfig
-from .data import Encoded, collate
+from .data import Encoded, collate, encode_set
 from .errors import InputError, NonFiniteError
+from .examples import Example
 from .losses import base_model, token_losses
 from .progress import Bar, progress_bar
-from .student import adapter_parameters
+from .student import adapter_parameters, add_lora, load_model, max_positions
 
 SAVE_SECONDS = 20.0  # between two resumable states
 SHOW_SECONDS = 0.25  # between two updates of the progress bar: reading the peak memory costs as much as a tiny step
@@ -79,6 +80,16 @@ def check_lengths(ids: Sequence[str], rows: Sequence[Encoded], k: Sequence[int],
                 f"sample {name!r}: k={tokens} prompt tokens and {len(row.input_ids)} of its own, the "
                 f"model takes at most {limit} in all; lower data.max_tokens"
             )
+
+
+def fresh_student(
+    model: ModelConfig, data: DataConfig, examples: Sequence[Example], seed: int
+) -> tuple[PeftModel, Samples, PreTrainedTokenizerBase]:
+    """A model with adapters drawn from `seed`, and the samples as its tokens. Raises InputError if one does not fit."""
+    base, tokenizer = load_model(model.path, model.dtype, model.device)
+    samples = Samples([e.id for e in examples], encode_set(examples, tokenizer, data))
+    check_lengths(samples.ids, samples.rows, [0] * len(examples), max_positions(base))
+    return add_lora(base, model, seed), samples, tokenizer
 
 
 def check_batch(name: str, samples: int, setting: str, batch: int) -> None:

@@ -85,7 +85,7 @@ def test_max_steps_is_a_prefix_and_seeds_differ(tmp_path: Path, model: ModelConf
 
 
 def test_a_finished_expert_is_reused(whole: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "load_model", kill_self)
+    monkeypatch.setattr(experts, "fresh_student", kill_self)
     before = tree_digests(whole)
     assert run(whole, replace(model, device="cuda"), replace(CONFIG, count=5)) == whole  # these change nothing in it
     assert tree_digests(whole) == before

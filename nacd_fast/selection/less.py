@@ -37,10 +37,10 @@ from ..progress import progress_bar
 from ..student import Student, adapter_parameters, adapter_state, add_lora, load_model, max_positions, model_digest
 from ..training import (
     Observer,
-    Samples,
     check_batch,
     check_lengths,
     data_settings,
+    fresh_student,
     model_settings,
     steps_per_epoch,
     train,
@@ -128,10 +128,7 @@ def warm_up(folder: Path, pool: Sequence[Example], config: LessConfig, seed: int
     with open_stage(folder, settings, {"train": digest(subset), "model": model_digest(context.model.path)}) as stage:
         if stage.finished:
             return
-        base, tokenizer = load_model(context.model.path, context.model.dtype, context.model.device)
-        samples = Samples([e.id for e in subset], encode_set(subset, tokenizer, context.data))
-        check_lengths(samples.ids, samples.rows, [0] * len(subset), max_positions(base))
-        model = add_lora(base, context.model, seed)
+        model, samples, tokenizer = fresh_student(context.model, context.data, subset, seed)
         per_epoch = steps_per_epoch(len(subset), config.warmup_batch)
         steps = config.warmup_epochs * per_epoch
         observer = Checkpoints(folder, model, per_epoch)

@@ -104,6 +104,21 @@ def adamw_step(g: Tensor, moments: Sequence[Tensor], steps: int) -> Tensor:
     return -p.detach()
 
 
+@pytest.mark.parametrize("steps", [1, 7])
+def test_adam_steps_are_those_of_torch(steps: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 30, generator=g, dtype=torch.float64) * torch.tensor([[1e-9, 1e-3, 1.0, 0.0]]).T
+    moments = [
+        0.1 * torch.randn(30, generator=g, dtype=torch.float64),
+        torch.rand(30, generator=g, dtype=torch.float64),
+    ]
+    moments[1][:5] = 1e-18  # where epsilon counts
+    moments[0][:5] = 1e-9
+    want = torch.stack([adamw_step(row, moments, steps) for row in rows])
+    found = less.adam_steps(rows.clone(), moments, {"betas": [0.9, 0.999], "eps": 1e-8}, steps)
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-14)
+
+
 def named(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {name[len(kind) + 1 :]: t.double() for name, t in sorted(tensors.items()) if name.startswith(kind + ".")}
 
