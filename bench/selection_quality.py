@@ -15,6 +15,7 @@ import random
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from timing import Rows, parser
@@ -29,7 +30,7 @@ from nacd_fast.selection.method import Context
 
 SHARED = Path(os.environ.get("NACD_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 SETS = ("dolly", "cot_flan", "p3_50k.jsonl.gz")
-METHODS = ("random", "bm25", "dsir", "less")
+METHODS: tuple[Literal["random", "bm25", "dsir", "less"], ...] = ("random", "bm25", "dsir", "less")
 DATA = DataConfig(max_tokens=128)
 
 
@@ -72,7 +73,7 @@ def main() -> None:
         for method in METHODS:
             at = folder / f"{method}{seed}"
             aim = "" if method == "random" else "arc_easy"
-            config = SelectConfig(method=method, less=less, target=aim)  # type: ignore[arg-type]
+            config = SelectConfig(method=method, less=less, target=aim)
             ids = set(select(pool, config, seed, Context(target, model, DATA, at / "store")).ids)
             kept = [e for e in pool if e.id in ids]
             tuning = TuneConfig(lr=1e-3, batch=8)

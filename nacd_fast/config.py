@@ -121,6 +121,9 @@ class DqConfig:
         require(self.bins <= self.block, "dq.bins", self.bins, f"at most block={self.block}")
 
 
+AIMED = ("bm25", "dsir", "less")  # methods that look at the target
+
+
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
     """Which samples of the full set are kept."""
@@ -149,7 +152,7 @@ class SelectConfig:
         require(
             (self.method == "ids") == bool(self.ids), "select.ids", self.ids, "given with method `ids` and only then"
         )
-        aims = self.method in ("bm25", "dsir", "less")
+        aims = self.method in AIMED
         require(aims == bool(self.target), "select.target", self.target, "given with bm25, dsir and less and only then")
 
 

@@ -1,6 +1,8 @@
 """Licences of published instruction sets, by how their sources are named (forms.py)."""
 
-LICENCES = (  # by how a source's name begins
+import re
+
+LICENCES = (  # by the first word of a source's name, a number behind it apart
     ("dolly", "CC BY-SA 3.0"),
     ("p3", "Apache-2.0"),
     ("cot", "Apache-2.0"),
@@ -14,4 +16,5 @@ LICENCES = (  # by how a source's name begins
 
 def licence(source: str) -> str:
     """What is known of a source's licence."""
-    return next((name for start, name in LICENCES if source.lower().startswith(start)), "that of the source")
+    word = re.split(r"[-_/. ]", source.lower())[0]
+    return next((name for start, name in LICENCES if re.fullmatch(rf"{start}\d*", word)), "that of the source")

@@ -14,7 +14,7 @@ def shared(name: str) -> Path:
     """A file of the shared real data, or a skip."""
     path = Path(os.environ.get("NACD_SHARED", Path(__file__).parents[2] / "shared")) / name
     if not path.exists():
-        pytest.skip("no shared data")
+        pytest.skip("no shared data")  # the real sets lie beside the checkout and are not shipped with it
     return path
 
 

@@ -91,7 +91,19 @@ def test_the_card_tells_sources_licences_and_how_it_was_made(product: Path, mode
 
 
 @pytest.mark.parametrize(
-    ("source", "name"), [("Dolly", "CC BY-SA 3.0"), ("oasst1", "Apache-2.0"), ("x/p3", "that of the source")]
+    ("source", "name"),
+    [
+        ("Dolly", "CC BY-SA 3.0"),
+        ("dolly/open_qa", "CC BY-SA 3.0"),
+        ("oasst1", "Apache-2.0"),
+        ("flan_v2/rte", "Apache-2.0"),
+        ("cot/gsm8k", "Apache-2.0"),
+        ("arc", "CC BY-SA 4.0"),
+        ("mmlu/anatomy", "MIT"),
+        ("x/p3", "that of the source"),
+        ("arctic-instruct", "that of the source"),  # not ARC
+        ("cotton/prices", "that of the source"),  # not CoT
+    ],
 )
 def test_licences(source: str, name: str) -> None:
     assert licence(source) == name

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..config import SelectConfig
+from ..config import AIMED, SelectConfig
 from ..errors import InputError
 from ..examples import Example
 from . import bm25, dq, dsir, ids, less, random, stratified
@@ -19,7 +19,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-AIMED = ("bm25", "dsir", "less")  # those that look at the target
 LEARNED = ("less", "dq")  # those that look through a model
 
 

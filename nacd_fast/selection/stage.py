@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..artifacts import file_digest, open_stage, write_atomic
-from ..config import SelectConfig
+from ..config import AIMED, SelectConfig
 from ..examples import Example, digest
 from ..plots import draw_histogram, standalone
 from ..student import model_digest
 from ..training import data_settings, model_settings
-from . import AIMED, LEARNED, check, select
+from . import LEARNED, check, select
 from .method import Context, Selected
 
 

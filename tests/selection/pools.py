@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from nacd_fast.config import DataConfig, ModelConfig
+from nacd_fast.config import DataConfig, ModelConfig, SelectConfig
 from nacd_fast.examples import Example
 from nacd_fast.selection.method import Context
 
@@ -29,3 +29,9 @@ def context(
     target: Sequence[Example] = (), model: str = "demo", store: Path = Path("nowhere"), rank: int = 2
 ) -> Context:
     return Context(target, ModelConfig(path=model, rank=rank, lora_alpha=2.0 * rank, device="cpu"), DataConfig(), store)
+
+
+def write_ids(path: Path, content: str | bytes) -> SelectConfig:
+    """A list of ids, as settings that select it."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return SelectConfig(method="ids", ids=str(path))

@@ -13,7 +13,6 @@ from tests.oracle import exact, make_rows, pair, peft_model, plain_loss, random_
 
 LENGTHS = [(3, 2), (1, 1), (6, 4), (2, 7), (1, 3)]
 FAMILIES = ["opt", "llama", "qwen3", "gemma2", "gpt2", "mistral"]
-NO_PROMPTS = torch.zeros(1, 0, 16, dtype=torch.float64)
 
 
 def one_by_one(student: Student, oracle: object, theta: Tensor, rows: Sequence[Encoded]) -> Tensor:
@@ -50,7 +49,6 @@ def test_a_sample_s_gradient_does_not_depend_on_the_others() -> None:
 
 
 def test_float32_and_a_16_bit_base_are_near() -> None:
-    theta64 = None
     for dtype, near in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
         model = peft_model("llama", dtype)
         for name, p in model.named_parameters():

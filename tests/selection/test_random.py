@@ -14,7 +14,7 @@ from nacd_fast.errors import InputError
 from nacd_fast.examples import Example
 from nacd_fast.selection import METHODS, check, select
 from nacd_fast.selection.method import Selected
-from tests.selection.pools import context, numbered
+from tests.selection.pools import context, numbered, write_ids
 
 
 def chosen(full: list[Example], config: SelectConfig, seed: int) -> Selected:
@@ -79,11 +79,6 @@ def test_stratified_draws_as_random_does() -> None:
             [s for e, s in zip(full, scores) if e.source == source and (e.id in ids) is k] for k in (True, False)
         )
         assert len(kept) == 5 and min(kept) > max(left)
-
-
-def write_ids(path: Path, content: str | bytes) -> SelectConfig:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return SelectConfig(method="ids", ids=str(path))
 
 
 def test_id_list(tmp_path: Path) -> None:

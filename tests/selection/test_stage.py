@@ -11,16 +11,11 @@ from nacd_fast.errors import InputError
 from nacd_fast.examples import Example
 from nacd_fast.forms import read_set
 from nacd_fast.selection import select, stage
-from tests.selection.pools import context, numbered, spoken
+from tests.selection.pools import context, numbered, spoken, write_ids
 
 
 def run(folder: Path, full: list[Example], config: SelectConfig, seed: int) -> list[str]:
     return stage.run(folder, full, config, seed, context())
-
-
-def write_ids(path: Path, content: str | bytes) -> SelectConfig:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return SelectConfig(method="ids", ids=str(path))
 
 
 def test_stage_writes_ids_and_scores(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
